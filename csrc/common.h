@@ -1,0 +1,98 @@
+// What two or more ops share: the statistics cell, the choice of instruction set, and the split of work over threads.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace gk {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What a tensor of T is computed and summed in: float, and double for double.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The instruction set torch itself uses on this CPU (ATEN_CPU_CAPABILITY overrides torch's choice, and so ours).
+Isa cpu_isa();
+
+// One cell of a statistics table: the columns of gradkernels/telemetry.py, FIELDS, in that order. The square sum is
+// kept in three parts so that it neither underflows nor overflows for float64 (Blue 1978): elements below 2^-480 are
+// squared after a multiplication by 2^537, those above 2^480 after one by 2^-537. Other dtypes use the middle alone.
+struct Cell {
+  double numel = 0, observation_count = 0, square_sum = 0, square_sum_tiny = 0, square_sum_huge = 0, abs_max = 0,
+         nonfinite_count = 0, zero_count = 0;
+
+  void merge(const Cell& other) {
+    numel += other.numel;
+    observation_count += other.observation_count;
+    square_sum += other.square_sum;
+    square_sum_tiny += other.square_sum_tiny;
+    square_sum_huge += other.square_sum_huge;
+    abs_max = std::max(abs_max, other.abs_max);
+    nonfinite_count += other.nonfinite_count;
+    zero_count += other.zero_count;
+  }
+};
+static_assert(sizeof(Cell) == 8 * sizeof(double), "a cell is one row of a float64 table");
+
+// Adds the sums of one backward call, `programs` cells `stride` apart, to cell 0 of row `port` of `stats`
+// (ports, cells, 8). The programs are added in their order, so equal work on equal threads gives equal bits.
+inline void record(const OptionalTensor& stats, int64_t port, const Cell* cells, int64_t stride, int64_t programs,
+                   int64_t numel) {
+  if (!stats) return;
+  Cell total;
+  for (int64_t p = 0; p < programs; ++p) total.merge(cells[p * stride]);
+  total.numel = static_cast<double>(numel);
+  total.observation_count = 1;
+  reinterpret_cast<Cell*>(stats->data_ptr<double>() + port * stats->stride(0))->merge(total);
+}
+
+// `t` in memory without gaps or overlaps, in its own order of dimensions: itself where it already is.
+inline Tensor dense(const Tensor& t) { return t.is_non_overlapping_and_dense() ? t : at::empty_like(t).copy_(t); }
+
+// `t` with the strides of the dense tensor `model`, so that both can be walked as flat arrays.
+inline Tensor laid_out_as(const Tensor& model, const Tensor& t) {
+  return t.strides() == model.strides() ? t : at::empty_like(model).copy_(t);
+}
+
+constexpr int64_t POINTWISE_BLOCK = 4096;  // elements between two folds of the statistics
+// Adds the statistics of a whole tensor to row `port` of `stats` (cpu/probe.cpp).
+void measure(const Tensor& gradient, const Tensor& stats, int64_t port);
+
+constexpr int64_t ELEMENTS_PER_THREAD = 16384;  // below this a second thread costs more than it saves
+
+// How many programs share `num_items` items of `item_size` elements: the same for the same work and thread count.
+inline int64_t num_programs(int64_t num_items, int64_t item_size) {
+  if (at::in_parallel_region()) return 1;
+  const int64_t wanted = num_items * item_size / ELEMENTS_PER_THREAD;
+  return std::max<int64_t>(1, std::min<int64_t>({wanted, num_items, at::get_num_threads()}));
+}
+
+// Calls body(program, begin, end) for contiguous ranges of [0, num_items), on torch's own thread pool.
+template <typename Body>
+void for_each_program(int64_t programs, int64_t num_items, const Body& body) {
+  if (programs == 1) return body(int64_t{0}, int64_t{0}, num_items);
+  at::parallel_for(0, programs, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) body(p, num_items * p / programs, num_items * (p + 1) / programs);
+  });
+}
+
+}  // namespace gk
+
+#define GK_DISPATCH(dtype, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)

@@ -1,0 +1,117 @@
+// new_residual = residual + x and y = LayerNorm(new_residual) in one pass, seen as M rows of N columns; its backward adds
+// the gradient of new_residual to LayerNorm's in the loop that computes it. The loops are in norm_rows.h.
+// residual and new_residual share a dtype TX, x and y a dtype TY.
+#include "norm.h"
+
+#define GK_SOURCE "add_layer_norm.cpp"
+#include "each_isa.h"
+
+#ifdef GK_ISA
+namespace gk::GK_ISA {
+#include "vec.h"
+
+#include "measure.h"
+
+#include "norm_rows.h"
+
+template <typename TX, typename TY>
+static void add_rows(const TY* x, const TX* residual, TX* new_residual, int64_t count) {
+  using A = Acc<TX>;
+  int64_t k = 0;
+  for (; k + WIDTH<A> <= count; k += WIDTH<A>) store(new_residual + k, load(x + k) + load(residual + k));
+  if (k < count) store_tail(new_residual + k, load_tail(x + k, count - k) + load_tail(residual + k, count - k), count - k);
+}
+
+// ROWS rows are added and normalised before the next ones, while they are in the first-level cache.
+template <typename TX, typename TY>
+static void add_norm_fwd(const TY* x, const TX* residual, TX* new_residual, TY* y, const Acc<TX>* weight,
+                         const Acc<TX>* bias, double eps, int64_t N, int64_t begin, int64_t end, Acc<TX>* mean,
+                         Acc<TX>* rstd) {
+  for (int64_t row = begin; row < end; row += ROWS) {
+    const int64_t rows = std::min(ROWS, end - row);
+    add_rows(x + row * N, residual + row * N, new_residual + row * N, rows * N);
+    norm_fwd<TX, TY>(new_residual, y, weight, bias, eps, N, row, row + rows, mean, rstd);
+  }
+}
+}  // namespace gk::GK_ISA
+#else
+namespace gk {
+
+// Calls body<TX, TY>() for the dtypes of residual and x: equal, or a float32 residual beside a 16-bit x.
+template <typename Body>
+static void dispatch_pair(const Tensor& residual, const Tensor& x, const Body& body) {
+  if (residual.scalar_type() == x.scalar_type()) {
+    GK_DISPATCH(x.scalar_type(), "add_layer_norm", [&] { body.template operator()<scalar_t, scalar_t>(); });
+  } else if (x.scalar_type() == at::kBFloat16) {
+    body.template operator()<float, c10::BFloat16>();
+  } else {
+    body.template operator()<float, c10::Half>();
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_any, const Tensor& residual_any,
+                                                              const OptionalTensor& weight, const OptionalTensor& bias,
+                                                              int64_t num_dims, double eps) {
+  const Tensor x = x_any.contiguous(), residual = residual_any.contiguous();
+  const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N;
+  const auto options = x.options().dtype(accumulator_dtype(x));
+  Tensor y = at::empty(x.sizes(), x.options()), new_residual = at::empty(x.sizes(), residual.options());
+  Tensor mean = at::empty(statistics_shape(x, num_dims), options), rstd = at::empty(mean.sizes(), options);
+  const Tensor w = column_factor(weight, N, x, 1), b = column_factor(bias, N, x, 0);
+  dispatch_pair(residual, x, [&]<typename TX, typename TY>() {
+    using A = Acc<TX>;
+    for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
+      const auto loop = GK_CHOOSE((add_norm_fwd<TX, TY>));
+      loop(x.const_data_ptr<TY>(), residual.const_data_ptr<TX>(), new_residual.mutable_data_ptr<TX>(),
+                   y.mutable_data_ptr<TY>(), w.const_data_ptr<A>(), b.const_data_ptr<A>(), eps, N, begin, end,
+                   mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
+    });
+  });
+  return {y, new_residual, mean, rstd};
+}
+
+// dy or dnew_residual may be absent, not both. dx is the gradient of residual, in its dtype, and of x too: dx_narrow holds
+// it again in x's dtype where that differs (a tensor of no elements where not).
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptionalTensor& dy_any,
+                                                              const OptionalTensor& dnew_residual_any,
+                                                              const Tensor& new_residual_any, const Tensor& mean,
+                                                              const Tensor& rstd, const OptionalTensor& weight,
+                                                              const OptionalTensor& bias, int64_t num_dims,
+                                                              at::ScalarType x_dtype, bool columns,
+                                                              const OptionalTensor& stats) {
+  const Tensor h = new_residual_any.contiguous();
+  const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
+  const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();
+  const int64_t N = num_columns(h, num_dims), M = N == 0 ? 0 : h.numel() / N, programs = num_programs(M, N);
+  Tensor dx = at::empty(h.sizes(), h.options()), dweight, dbias;
+  const bool narrow = dy.scalar_type() != h.scalar_type();
+  Tensor dx_narrow = narrow ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
+  const Tensor w = column_factor(weight, N, h, 1);
+  std::vector<Cell> cells(3 * programs);
+  dispatch_pair(h, dy, [&]<typename TX, typename TY>() {
+    using A = Acc<TX>;
+    ColumnSums<A> sums(weight, bias, h, N, programs, columns);
+    for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
+      const NormBackward<TX, TY> p{dy.const_data_ptr<TY>(), h.const_data_ptr<TX>(),
+                                   dnew_residual.defined() ? dnew_residual.const_data_ptr<TX>() : nullptr,
+                                   w.const_data_ptr<A>(), mean.const_data_ptr<A>(), rstd.const_data_ptr<A>(),
+                                   dx.mutable_data_ptr<TX>(), narrow ? dx_narrow.mutable_data_ptr<TY>() : nullptr, N};
+      const NormGradients<TX> out{sums.dweight(program), sums.dbias(program), &cells[3 * program]};
+      const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
+      loop(p, stats.has_value(), begin, end, out);
+    });
+    std::tie(dweight, dbias) = sums.finish(stats, 3, h);
+  });
+  if (dy_any) record(stats, 0, cells.data(), 3, programs, dy.numel());
+  if (dnew_residual_any) record(stats, 1, cells.data() + 1, 3, programs, h.numel());
+  record(stats, 2, cells.data() + 2, 3, programs, h.numel());
+  return {dx, dx_narrow, dweight, dbias};
+}
+
+}  // namespace gk
+
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
+  m.impl("add_layer_norm_fwd", gk::add_layer_norm_fwd);
+  m.impl("add_layer_norm_bwd", gk::add_layer_norm_bwd);
+}
+#endif

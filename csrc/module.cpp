@@ -1,0 +1,41 @@
+// The Python module gradkernels._C: what was built and what this CPU runs. Ops are never bound here; loading the module
+// registers them with PyTorch's dispatcher.
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "common.h"
+
+namespace py = pybind11;
+
+namespace gk {
+
+Isa cpu_isa() {
+  static const Isa isa = [] {
+    const std::string capability = at::get_cpu_capability();
+    if (capability.rfind("AVX512", 0) == 0) return Isa::avx512;
+    if (capability.rfind("AVX2", 0) == 0) return Isa::avx2;
+    return Isa::baseline;
+  }();
+  return isa;
+}
+
+}  // namespace gk
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["torch"] = TORCH_VERSION;
+#if defined(__x86_64__)
+    info["instruction_sets"] = py::make_tuple("baseline", "avx2", "avx512");
+#else
+    info["instruction_sets"] = py::make_tuple("baseline");
+#endif
+    return info;
+  });
+  m.def("cpu_capability", [] {
+    const gk::Isa isa = gk::cpu_isa();
+    return isa == gk::Isa::avx512 ? "avx512" : isa == gk::Isa::avx2 ? "avx2" : "baseline";
+  });
+}

@@ -1,0 +1,5 @@
+"""The ops, one file each, all in the same order: schema, reference, fake, Function, public function."""
+
+from gradkernels.ops import add_layer_norm, gelu, layer_norm, probe, residual
+
+OPS = {module.__name__.rsplit(".", 1)[1]: module for module in (gelu, layer_norm, add_layer_norm, residual, probe)}

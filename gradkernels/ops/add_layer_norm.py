@@ -1,0 +1,229 @@
+"""Residual add and LayerNorm in one pass: new_residual = residual + x, y = LayerNorm(new_residual)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.ops.layer_norm import (
+    check_norm_arguments,
+    column_fake,
+    layer_norm_bwd_reference,
+    layer_norm_fwd_fake,
+    layer_norm_fwd_reference,
+)
+from gradkernels.telemetry import check_stats, measured
+
+PORTS = ("dy", "dnew_residual", "dx", "dweight", "dbias")
+SCHEMA = (
+    "add_layer_norm(Tensor x, Tensor residual, int num_dims, Tensor? weight, Tensor? bias, float eps, Tensor? stats) "
+    "-> (Tensor y, Tensor new_residual)"
+)
+SCHEMA_FWD = (
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int num_dims, float eps) "
+    "-> (Tensor y, Tensor new_residual, Tensor mean, Tensor rstd)"
+)
+SCHEMA_BWD = (
+    "add_layer_norm_bwd(Tensor? dy, Tensor? dnew_residual, Tensor new_residual, Tensor mean, Tensor rstd, Tensor? weight, "
+    "Tensor? bias, int num_dims, ScalarType x_dtype, bool columns, Tensor(a!)? stats) "
+    "-> (Tensor dx, Tensor dx_narrow, Tensor dweight, Tensor dbias)"
+)
+
+
+def add_layer_norm_fwd_reference(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_dims: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y in x's dtype, new_residual in residual's; the norm is of new_residual as stored."""
+    new_residual = (residual + x).to(residual.dtype)
+    y, mean, rstd = layer_norm_fwd_reference(new_residual, weight, bias, num_dims, eps)
+    return y.to(x.dtype), new_residual, mean, rstd
+
+
+def add_layer_norm_bwd_reference(
+    dy: torch.Tensor | None,
+    dnew_residual: torch.Tensor | None,
+    new_residual: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_dims: int,
+    x_dtype: torch.dtype,
+    columns: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm's dx plus dnew_residual, in residual's dtype and, where x's differs, in x's; dweight and dbias."""
+    h = new_residual
+    if dy is None:
+        dy = torch.zeros_like(h, dtype=x_dtype)
+    wide = h if h.dtype is torch.float64 else h.float()  # so that dx is rounded once, after the sum
+    dx, dweight, dbias = layer_norm_bwd_reference(dy, wide, mean, rstd, weight, bias, num_dims, columns)
+    if dnew_residual is not None:
+        dx = dx + dnew_residual
+    dx_narrow = dx.to(x_dtype) if x_dtype is not h.dtype else dx.new_empty(0, dtype=x_dtype)
+    return dx.to(h.dtype), dx_narrow, dweight, dbias
+
+
+def add_layer_norm_fwd_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_dims: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contiguous y, new_residual, mean, rstd."""
+    y, mean, rstd = layer_norm_fwd_fake(x, weight, bias, num_dims, eps)
+    return y, residual.new_empty(residual.shape), mean, rstd
+
+
+def add_layer_norm_bwd_fake(
+    dy: torch.Tensor | None,
+    dnew_residual: torch.Tensor | None,
+    new_residual: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_dims: int,
+    x_dtype: torch.dtype,
+    columns: bool,
+    stats: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contiguous dx, dx_narrow, dweight, dbias."""
+    h = new_residual
+    narrow = h.new_empty(h.shape if x_dtype is not h.dtype else 0, dtype=x_dtype)
+    return h.new_empty(h.shape), narrow, column_fake(h, weight, columns), column_fake(h, bias, columns)
+
+
+def _fwd_vmap(in_dims: tuple, *args: Any) -> tuple:
+    return torch.vmap(add_layer_norm_fwd_reference, in_dims=in_dims)(*args)
+
+
+def _differentiable(x: torch.Tensor, residual: torch.Tensor, weight: Any, bias: Any, num_dims: int, eps: float) -> tuple:
+    return add_layer_norm_fwd_reference(x, residual, weight, bias, num_dims, eps)[:2]
+
+
+def _bwd_differentiable(
+    dy: torch.Tensor | None,
+    dnew_residual: torch.Tensor | None,
+    new_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_dims: int,
+    eps: float,
+    x_dtype: torch.dtype,
+    columns: bool,
+    stats: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The backward as a function of new_residual alone: mean and rstd are computed again and differentiated too."""
+    _, mean, rstd = layer_norm_fwd_reference(new_residual, weight, bias, num_dims, eps)
+    return _bwd_default(dy, dnew_residual, new_residual, mean, rstd, weight, bias, num_dims, x_dtype, columns, stats)
+
+
+def _ports(args: tuple, gradients: tuple) -> tuple:
+    dx, _, dweight, dbias = gradients
+    weight, bias, columns = args[5], args[6], args[9]
+    columns_of = (dweight if columns and weight is not None else None, dbias if columns and bias is not None else None)
+    return args[0], args[1], dx, *columns_of
+
+
+_bwd_default, _bwd_vmap = measured(add_layer_norm_bwd_reference, _ports)
+add_layer_norm_fwd = define_kernel(SCHEMA_FWD, add_layer_norm_fwd_reference, add_layer_norm_fwd_fake, _fwd_vmap)
+add_layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, add_layer_norm_bwd_fake, _bwd_vmap)
+add_layer_norm_differentiable = define_composite(
+    "add_layer_norm_differentiable(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int num_dims, float eps) "
+    "-> (Tensor y, Tensor new_residual)",
+    _differentiable,
+)
+add_layer_norm_bwd_differentiable = define_composite(
+    "add_layer_norm_bwd_differentiable(Tensor? dy, Tensor? dnew_residual, Tensor new_residual, Tensor? weight, Tensor? bias, "
+    "int num_dims, float eps, ScalarType x_dtype, bool columns, Tensor(a!)? stats) "
+    "-> (Tensor dx, Tensor dx_narrow, Tensor dweight, Tensor dbias)",
+    _bwd_differentiable,
+)
+
+
+class _AddLayerNorm(Function):
+    """Saves new_residual, weight, and mean and rstd in float32. Its C++ twin is AddLayerNormBackward in csrc/autograd.cpp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, residual: torch.Tensor, num_dims: int, weight: Any, bias: Any, eps: float, stats: Any
+    ) -> tuple:
+        return add_layer_norm_fwd(x, residual, weight, bias, num_dims, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, _, ctx.num_dims, weight, bias, ctx.eps, ctx.stats = inputs
+        _, new_residual, mean, rstd = output
+        ctx.x_dtype = x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(new_residual, mean, rstd, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dnew_residual: Any, dmean: Any, drstd: Any) -> tuple:
+        if dy is None and dnew_residual is None:
+            return (None,) * 7
+        h, mean, rstd, weight, bias = ctx.saved_tensors
+        columns = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        last = (weight, bias, ctx.num_dims)
+        if torch.is_grad_enabled():
+            gradients = add_layer_norm_bwd_differentiable(
+                dy, dnew_residual, h, *last, ctx.eps, ctx.x_dtype, columns, ctx.stats
+            )
+        else:
+            gradients = add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last, ctx.x_dtype, columns, ctx.stats)
+        dx, dx_narrow, dweight, dbias = gradients
+        dweight = dweight if ctx.needs_input_grad[3] else None
+        dbias = dbias if ctx.needs_input_grad[4] else None
+        return dx_narrow if ctx.x_dtype is not h.dtype else dx, dx, None, dweight, dbias, None, None
+
+
+_add_layer_norm_op = define_autograd(SCHEMA, lambda *args: _AddLayerNorm.apply(*args)[:2])
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stats: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(LayerNorm(residual + x), residual + x): the step of a pre-norm residual stream, in one pass.
+
+    x: (..., *normalized_shape), any strides; float32, float64, bfloat16 or float16.
+    residual: x's shape; x's dtype, or float32 beside a bfloat16 or float16 x (a stream kept in full precision).
+    weight, bias: normalized_shape; x's dtype, or float32 beside a bfloat16 or float16 x.
+    stats: statistics tensor (5, cells, 8) for the ports dy, dnew_residual, dx, dweight, dbias, written in backward; dx is
+    the gradient of the residual stream, dL/d(residual) = dL/dx, in residual's dtype. None measures nothing.
+    Returns y (x's shape and dtype) and new_residual (residual's dtype), contiguous; y is the norm of new_residual as
+    stored. Raises TypeError for another dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
+    """
+    num_dims = check_norm_arguments("add_layer_norm", x, normalized_shape, weight, bias)
+    if residual.shape != x.shape:
+        expected = tuple(x.shape)
+        raise ArgumentError(f"add_layer_norm: residual must have x's shape, {expected}, got {tuple(residual.shape)}")
+    if residual.dtype is not x.dtype and not (residual.dtype is torch.float32 and x.dtype.itemsize == 2):
+        raise TypeError(
+            f"add_layer_norm: residual must be {x.dtype} like x, or float32 beside a 16-bit x, got {residual.dtype}"
+        )
+    if residual.device != x.device:
+        raise ArgumentError(f"add_layer_norm: residual must be on x's device, {x.device}, got {residual.device}")
+    if stats is not None:
+        check_stats("add_layer_norm", stats, x, PORTS)
+    return _add_layer_norm_op(x, residual, num_dims, weight, bias, eps, stats)

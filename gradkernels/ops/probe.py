@@ -1,0 +1,48 @@
+"""A probe: the identity, whose backward reads the gradient once and writes nothing but its statistics."""
+
+from __future__ import annotations
+
+import torch
+
+from gradkernels.library import FLOATS, define_composite, define_kernel
+from gradkernels.telemetry import check_stats, measure_reference
+
+PORTS = ("dy",)
+SCHEMA = "probe(Tensor(a) x, Tensor? stats) -> Tensor(a)"
+SCHEMA_BWD = "probe_bwd(Tensor dy, Tensor(a!) stats, int port) -> ()"
+
+
+def probe_bwd_fake(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
+    """Nothing comes out."""
+
+
+def _probe_bwd_vmap(in_dims: tuple, dy: torch.Tensor, stats: torch.Tensor, port: int) -> tuple:
+    probe_bwd(dy, stats, port)  # a batch of gradients is one larger gradient
+    return ()
+
+
+probe_bwd = define_kernel(SCHEMA_BWD, measure_reference, probe_bwd_fake, _probe_bwd_vmap)
+
+
+def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
+    """x itself, with a hook on its gradient: no node, no view, so writing into x in place stays what it was."""
+    if stats is not None and x.requires_grad:
+        x.register_hook(lambda dy: probe_bwd(dy, stats, 0))
+    return x
+
+
+_probe_op = define_composite(SCHEMA, _probe)
+
+
+def probe(x: torch.Tensor, *, stats: torch.Tensor | None = None) -> torch.Tensor:
+    """x itself; in backward the gradient that reaches it, summed over all its uses, is measured.
+
+    x: any shape; float32, float64, bfloat16 or float16. Returned as it is.
+    stats: statistics tensor (1, cells, 8) for the port dy, written in backward; None measures nothing.
+    Raises TypeError for another dtype, ArgumentError for a `stats` of another shape or device.
+    """
+    if x.dtype not in FLOATS:
+        raise TypeError(f"probe: x must be a floating-point tensor, got {x.dtype}")
+    if stats is not None:
+        check_stats("probe", stats, x, PORTS)
+    return _probe_op(x, stats)

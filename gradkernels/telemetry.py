@@ -1,0 +1,135 @@
+"""What is measured: the fields of a row, the table rows live in, and the records read from it.
+
+A statistics tensor, called `stats` everywhere, is float64 of shape (ports, cells, len(FIELDS)). A port is one gradient at
+a site: `dy` comes in, `dx` goes out, and so on in the order of the op's PORTS. Each program of a kernel adds to a cell of
+its own; a row is the merge of its cells. Rows merge by + and max, so micro-batches, a module used twice and several
+ranks combine exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradkernels.library import ArgumentError
+
+FIELDS = (
+    "numel",  # elements seen
+    "observation_count",  # backward calls that added to the row
+    "square_sum",  # sum of squares of the finite elements; of float64 tensors only those between 2^-480 and 2^480
+    "square_sum_tiny",  # float64 tensors: sum of (2^537 v)^2 over the finite elements below 2^-480
+    "square_sum_huge",  # float64 tensors: sum of (2^-537 v)^2 over the finite elements above 2^480
+    "abs_max",  # largest magnitude among the finite elements; merges by max, every other field by +
+    "nonfinite_count",  # elements that are NaN or infinite
+    "zero_count",  # elements that are exactly zero
+)
+ABS_MAX = FIELDS.index("abs_max")
+SCALE = 2.0**537
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: what flowed through one port of one site in one step.
+
+    `square_sum` is over the finite elements; for float64 gradients beyond 1e-154 or 1e+154 it leaves float64's range,
+    `norm` does not. `dweight` and `dbias` are the gradients of single backward calls: over gradient accumulation their
+    rows hold the sum of the squared norms, not the squared norm of the sum.
+    """
+
+    site: str
+    port: str
+    numel: int
+    observation_count: int
+    square_sum: float
+    abs_max: float
+    nonfinite_count: int
+    zero_count: int
+    norm: float
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the finite elements; 0 where there are none."""
+        finite = self.numel - self.nonfinite_count
+        return self.norm / math.sqrt(finite) if finite else 0.0
+
+
+def record_of(site: str, port: str, row: Sequence[float]) -> Record:
+    """The record of one row (len(FIELDS) numbers)."""
+    numel, observations, middle, tiny, huge, abs_max, nonfinite, zeros = row
+    norm = math.hypot(math.sqrt(tiny) / SCALE, math.sqrt(middle), math.sqrt(huge) * SCALE)
+    square_sum = middle + tiny / SCALE / SCALE + huge * SCALE * SCALE
+    return Record(site, port, int(numel), int(observations), square_sum, abs_max, int(nonfinite), int(zeros), norm)
+
+
+def new_stats(num_ports: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """An empty statistics tensor: zeros, float64, (num_ports, 1, len(FIELDS))."""
+    return torch.zeros(num_ports, 1, len(FIELDS), dtype=torch.float64, device=device)
+
+
+def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str, ...]) -> None:
+    """Raises ArgumentError or TypeError unless `stats` is a statistics tensor for `ports` on x's device."""
+    if stats.dtype is not torch.float64:
+        raise TypeError(f"{op}: stats must be float64, got {stats.dtype}")
+    if stats.dim() != 3 or stats.shape[0] != len(ports) or stats.shape[2] != len(FIELDS):
+        expected = f"(ports, cells, fields) = ({len(ports)}, cells, {len(FIELDS)})"
+        raise ArgumentError(f"{op}: stats must have shape {expected}, got {tuple(stats.shape)}")
+    if stats.device != x.device:
+        raise ArgumentError(f"{op}: stats must be on x's device, {x.device}, got {stats.device}")
+
+
+def merge_cells(stats: torch.Tensor) -> torch.Tensor:
+    """The rows of a table: (..., cells, fields) -> (..., fields)."""
+    rows = stats.sum(-2)
+    rows[..., ABS_MAX] = stats[..., ABS_MAX].amax(-1)
+    return rows
+
+
+def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) -> None:
+    """Adds every field of `gradient` (any shape and floating dtype) to cell 0 of row `port` of `stats`, which is written."""
+    magnitude = gradient.detach().double().abs().flatten()
+    finite = magnitude.isfinite()
+    zeros = (magnitude == 0).sum()
+    magnitude = torch.where(finite, magnitude, 0.0)
+    tiny, huge = magnitude < 2.0**-480, magnitude > 2.0**480
+    if gradient.dtype is not torch.float64:
+        tiny, huge = torch.zeros_like(tiny), torch.zeros_like(huge)
+    cell = stats[port, 0]
+    largest = torch.maximum(cell[ABS_MAX], torch.cat([magnitude, magnitude.new_zeros(1)]).amax())
+    sums = (
+        torch.tensor(gradient.numel(), device=cell.device),
+        torch.tensor(1, device=cell.device),
+        torch.where(tiny | huge, 0.0, magnitude).square().sum(),
+        torch.where(tiny, magnitude * SCALE, 0.0).square().sum(),
+        torch.where(huge, magnitude / SCALE, 0.0).square().sum(),
+        torch.tensor(0, device=cell.device),
+        (~finite).sum(),
+        zeros,
+    )
+    cell += torch.stack([value.double() for value in sums])
+    cell[ABS_MAX] = largest
+
+
+def measured(reference: Callable, ports: Callable) -> tuple[Callable, Callable]:
+    """The two plain implementations of a backward op `f(*args, stats)` made of `reference(*args)`, which has no telemetry.
+
+    `ports(args, gradients)` lists the gradients in the order of the op's PORTS, None where there is none. The first
+    result is the op's default; the second, `f(in_dims, *args, stats)`, is its batching rule.
+    """
+
+    def measure(stats: torch.Tensor | None, args: tuple, gradients: Any) -> Any:
+        for port, gradient in enumerate(ports(args, gradients) if stats is not None else ()):
+            if gradient is not None:
+                torch.ops.gradkernels.probe_bwd.default(gradient.detach(), stats, port)
+        return gradients
+
+    def default(*args: Any) -> Any:
+        return measure(args[-1], args[:-1], reference(*args[:-1]))
+
+    def batched(in_dims: tuple, *args: Any) -> Any:
+        return measure(args[-1], args[:-1], torch.vmap(reference, in_dims=in_dims[:-1])(*args[:-1]))
+
+    return default, batched
