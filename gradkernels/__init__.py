@@ -1,19 +1,29 @@
 """Fused kernels whose backward passes measure the gradients flowing through them. See README.md."""
 
+from gradkernels.convert import convert, revert, uncovered
 from gradkernels.library import ArgumentError, implementations
+from gradkernels.nn import GELU, AddLayerNorm, LayerNorm, Residual
 from gradkernels.ops.add_layer_norm import add_layer_norm
 from gradkernels.ops.gelu import gelu
 from gradkernels.ops.layer_norm import layer_norm
 from gradkernels.ops.probe import probe
 from gradkernels.ops.residual import residual, residual_add, residual_fork
 from gradkernels.telemetry import FIELDS, Record, new_stats
+from gradkernels.watch import Coverage, Watch, watch
 
 __version__ = "0.1.0"
 __all__ = [
     "FIELDS",
+    "GELU",
+    "AddLayerNorm",
     "ArgumentError",
+    "Coverage",
+    "LayerNorm",
     "Record",
+    "Residual",
+    "Watch",
     "add_layer_norm",
+    "convert",
     "gelu",
     "implementations",
     "layer_norm",
@@ -22,4 +32,7 @@ __all__ = [
     "residual",
     "residual_add",
     "residual_fork",
+    "revert",
+    "uncovered",
+    "watch",
 ]

@@ -82,7 +82,9 @@ def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str,
 
 
 def merge_cells(stats: torch.Tensor) -> torch.Tensor:
-    """The rows of a table: (..., cells, fields) -> (..., fields)."""
+    """The rows of a table: (..., cells, fields) -> (..., fields), always a copy."""
+    if stats.shape[-2] == 1:
+        return stats.squeeze(-2).clone()
     rows = stats.sum(-2)
     rows[..., ABS_MAX] = stats[..., ABS_MAX].amax(-1)
     return rows

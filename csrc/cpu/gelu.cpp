@@ -17,7 +17,7 @@ struct Gelu {
 
 // P(-|x|) = e^{-x^2/2} Q(v) with v = a |x| / (1 + a |x|): a minimax fit of e^{x^2/2} P(-|x|), relative error 1.3e-8, its
 // constant term exact so that P is right to half a unit in the last place around zero. The same exponential is p(x).
-static inline Gelu gelu_exact(F x) {
+static GK_INLINE Gelu gelu_exact(F x) {
   const F scaled = magnitude<float>(x) * 0.3252691328525543f;
   const F v = scaled / (scaled + 1.0f);
   F q = F{} + 0.0245537443f;
@@ -39,7 +39,7 @@ static inline Gelu gelu_exact(F x) {
   return {value, x * (e * 0.3989422804f) + probability};
 }
 
-static inline Gelu gelu_tanh(F x) {
+static GK_INLINE Gelu gelu_tanh(F x) {
   const F limit = F{} + 11.0f;                             // beyond it S is 0 or 1 and its slope 0, in float
   const F bounded = higher(F{} - limit, lower(limit, x));  // NaN stays NaN
   const F square = bounded * bounded;
@@ -48,16 +48,16 @@ static inline Gelu gelu_tanh(F x) {
   e = u < 87.3f ? e : F{};
   F s = 1.0f / (e + 1.0f);
   s = u > -87.3f ? s : F{};
-  s = x == x ? s : x;
+  const F value = u > -87.3f ? x / (e + 1.0f) : x * 0.0f;  // x s, with one rounding less
   const F slope_u = square * 0.2140644489f + 1.5957691216f;
-  return {x * s, s + bounded * s * (e * s) * slope_u};
+  return {x == x ? value : x, s + bounded * s * (e * s) * slope_u};
 }
 
 struct GeluScalar {
   double value, slope;
 };
 
-static inline GeluScalar gelu_double(double x, bool tanh) {
+static GK_INLINE GeluScalar gelu_double(double x, bool tanh) {
   if (tanh) {
     const double scale = 0.79788456080286535588, cubic = 0.044715;
     const double t = std::tanh(scale * (x + cubic * x * x * x));
@@ -69,7 +69,7 @@ static inline GeluScalar gelu_double(double x, bool tanh) {
 }
 
 template <typename A>
-static inline void gelu(Vec<A> x, bool tanh, Vec<A>& value, Vec<A>& slope) {
+static GK_INLINE void gelu(Vec<A> x, bool tanh, Vec<A>& value, Vec<A>& slope) {
   if constexpr (sizeof(A) == 4) {
     const Gelu g = tanh ? gelu_tanh(x) : gelu_exact(x);
     value = g.value;

@@ -10,13 +10,13 @@ template <typename A>
 struct Measure {
   Vec<A> square_sum{}, largest{}, smallest = Vec<A>{} + std::numeric_limits<A>::infinity();
 
-  inline void add(Vec<A> v) {
+  GK_INLINE void add(Vec<A> v) {
     square_sum += v * v;
     largest = higher_magnitude<A>(v, largest);
     smallest = lower_magnitude<A>(v, smallest);
   }
   // The same for the last `count` lanes of a row: the padding is zero, which only `smallest` must not see.
-  inline void add_tail(Vec<A> v, int64_t count) {
+  GK_INLINE void add_tail(Vec<A> v, int64_t count) {
     square_sum += v * v;
     largest = higher_magnitude<A>(v, largest);
     A padded[WIDTH<A>];
@@ -85,7 +85,7 @@ void measure_exactly(const double* p, int64_t count, Cell& cell) {
 
 // Adds a block to the cell and starts the next one. `p` is the block's memory: p[0 .. count), the values as stored.
 template <typename T>
-static inline void fold(Measure<Acc<T>>& measure, const T* p, int64_t count, Cell& cell) {
+static void fold(Measure<Acc<T>>& measure, const T* p, int64_t count, Cell& cell) {
   using A = Acc<T>;
   constexpr A SMALLEST_SAFE = sizeof(A) == 4 ? A(0x1p-60) : A(0x1p-900);  // squares lost below it do not show in the sum
   const A square_sum = sum<A>(measure.square_sum);

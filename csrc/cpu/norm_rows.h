@@ -11,7 +11,7 @@ constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 4 : 2;
 // One row forward: x[0 .. N) -> y, mean, rstd. The mean is corrected by the mean of x - mean, so that a large offset costs
 // nothing; the variance is the second pass over x - mean.
 template <typename TX, typename TY, int R>
-static inline void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, Acc<TX> eps, int64_t N,
+static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, Acc<TX> eps, int64_t N,
                                  Acc<TX>* mean, Acc<TX>* rstd) {
   using A = Acc<TX>;
   const int64_t whole = N - N % WIDTH<A>, tail = N - whole;
@@ -61,7 +61,7 @@ static inline void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, cons
 
 // The sums over columns of ROWS rows: adds to dweight, dbias and `measure`, returns the row means of g and g x_hat.
 template <typename TX, typename TY, int R, bool TELEMETRY, bool COLUMNS>
-static inline void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Vec<Acc<TX>>* mean,
+static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Vec<Acc<TX>>* mean,
                                  const Vec<Acc<TX>>* rstd, int64_t N, const NormGradients<TX>& out,
                                  Measure<Acc<TX>>& measure, Vec<Acc<TX>>* mean_g, Vec<Acc<TX>>* mean_gx) {
   using A = Acc<TX>;
@@ -109,7 +109,7 @@ static inline void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX
 }
 
 template <typename TX, typename TY, int R, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
-static inline void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, const NormGradients<TX>& out,
+static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, const NormGradients<TX>& out,
                                  Measure<Acc<TX>>* measure) {
   using A = Acc<TX>;
   const int64_t N = p.N, whole = N - N % WIDTH<A>, tail = N - whole;
@@ -123,7 +123,7 @@ static inline void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, con
   }
   norm_bwd_sums<TX, TY, R, TELEMETRY, COLUMNS>(dy_ptr, x_ptr, p.weight, mean, rstd, N, out, measure[0], mean_g, mean_gx);
   Measure<A> measure_residual = measure[1], measure_dx = measure[2];
-  const auto gradient = [&](int r, Vec<A> dy, Vec<A> x, Vec<A> w) {
+  const auto gradient = [&](int r, Vec<A> dy, Vec<A> x, Vec<A> w) __attribute__((always_inline)) {
     const Vec<A> x_hat = (x - mean[r]) * rstd[r];
     return rstd[r] * ((dy * w - mean_g[r]) - x_hat * mean_gx[r]);
   };

@@ -180,9 +180,7 @@ class _AddLayerNorm(Function):
         columns = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         last = (weight, bias, ctx.num_dims)
         if torch.is_grad_enabled():
-            gradients = add_layer_norm_bwd_differentiable(
-                dy, dnew_residual, h, *last, ctx.eps, ctx.x_dtype, columns, ctx.stats
-            )
+            gradients = add_layer_norm_bwd_differentiable(dy, dnew_residual, h, *last, ctx.eps, ctx.x_dtype, columns, ctx.stats)
         else:
             gradients = add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last, ctx.x_dtype, columns, ctx.stats)
         dx, dx_narrow, dweight, dbias = gradients

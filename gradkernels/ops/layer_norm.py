@@ -130,14 +130,20 @@ def _bwd_differentiable(
 def _ports(args: tuple, gradients: tuple) -> tuple:
     dx, dweight, dbias = gradients
     weight, bias, columns = args[4], args[5], args[7]
-    return args[0], dx, dweight if columns and weight is not None else None, dbias if columns and bias is not None else None
+    return (
+        args[0],
+        dx,
+        dweight if columns and weight is not None else None,
+        dbias if columns and bias is not None else None,
+    )
 
 
 _bwd_default, _bwd_vmap = measured(layer_norm_bwd_reference, _ports)
 layer_norm_fwd = define_kernel(SCHEMA_FWD, layer_norm_fwd_reference, layer_norm_fwd_fake, _fwd_vmap)
 layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, layer_norm_bwd_fake, _bwd_vmap)
 layer_norm_differentiable = define_composite(
-    "layer_norm_differentiable(Tensor x, Tensor? weight, Tensor? bias, int num_dims, float eps) -> Tensor", _differentiable
+    "layer_norm_differentiable(Tensor x, Tensor? weight, Tensor? bias, int num_dims, float eps) -> Tensor",
+    _differentiable,
 )
 layer_norm_bwd_differentiable = define_composite(
     "layer_norm_bwd_differentiable(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, int num_dims, float eps, "
@@ -171,7 +177,14 @@ class _LayerNorm(Function):
         else:
             gradients = layer_norm_bwd(dy, x, mean, rstd, weight, bias, ctx.num_dims, columns, ctx.stats)
         dx, dweight, dbias = gradients
-        return dx, None, dweight if ctx.needs_input_grad[2] else None, dbias if ctx.needs_input_grad[3] else None, None, None
+        return (
+            dx,
+            None,
+            dweight if ctx.needs_input_grad[2] else None,
+            dbias if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+        )
 
 
 _layer_norm_op = define_autograd(SCHEMA, lambda *args: _LayerNorm.apply(*args)[0])

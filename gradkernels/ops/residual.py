@@ -23,9 +23,7 @@ def residual_bwd_reference(dskip: torch.Tensor | None, dbranch: torch.Tensor | N
     return dskip + dbranch
 
 
-def residual_bwd_fake(
-    dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats: torch.Tensor | None
-) -> torch.Tensor:
+def residual_bwd_fake(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats: torch.Tensor | None) -> torch.Tensor:
     """The shape, dtype and strides of dskip, or of dbranch where that is all there is."""
     return torch.empty_like(dbranch if dskip is None else dskip)
 

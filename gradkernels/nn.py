@@ -1,0 +1,75 @@
+"""The drop-in modules. Each is its torch.nn twin (constructor, parameters, state_dict, repr) with a measuring backward.
+
+`stats` is a plain attribute, not a buffer: None (nothing is measured) until `gk.watch` or the user sets a statistics
+tensor. It is absent from state_dict, and a copy or a pickle of the module does not carry it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradkernels.ops import add_layer_norm as add_layer_norm_op
+from gradkernels.ops import gelu as gelu_op
+from gradkernels.ops import layer_norm as layer_norm_op
+from gradkernels.ops import residual as residual_op
+
+
+class _Measuring(nn.Module):
+    """A module with a `stats` attribute, for the ports named in PORTS."""
+
+    PORTS: tuple[str, ...] = ()
+    stats: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in super().__getstate__().items() if name != "stats"}
+
+
+class GELU(_Measuring, nn.GELU):
+    """torch.nn.GELU whose backward measures dy and dx. Shapes: any; dtypes and errors as `gk.gelu`."""
+
+    PORTS = gelu_op.PORTS
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return gelu_op.gelu(input, self.approximate, stats=self.stats)
+
+
+class LayerNorm(_Measuring, nn.LayerNorm):
+    """torch.nn.LayerNorm whose backward measures dy, dx, dweight and dbias. Shapes, dtypes and errors as `gk.layer_norm`."""
+
+    PORTS = layer_norm_op.PORTS
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return layer_norm_op.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats)
+
+
+class AddLayerNorm(_Measuring, nn.LayerNorm):
+    """(LayerNorm(residual + x), residual + x) with torch.nn.LayerNorm's constructor and parameters.
+
+    The step of a pre-norm residual stream: `y, residual = norm(x, residual)`. Its dx is the gradient of the stream. Shapes,
+    dtypes and errors as `gk.add_layer_norm`.
+    """
+
+    PORTS = add_layer_norm_op.PORTS
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_layer_norm_op.add_layer_norm(
+            input, residual, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats
+        )
+
+
+class Residual(_Measuring):
+    """x + branch(x), whose backward measures dskip, dbranch and their sum dx in the kernel that adds them.
+
+    branch: a module from x to a tensor of x's shape and dtype that does not write into its input in place. Errors as
+    `gk.residual`.
+    """
+
+    PORTS = residual_op.PORTS
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return residual_op.residual(input, self.branch, stats=self.stats)

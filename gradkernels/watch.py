@@ -1,0 +1,318 @@
+"""Watching a model: which site writes which rows, and what happens once a step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradkernels.convert import Uncovered, convert, uncovered
+from gradkernels.diagnose import slope
+from gradkernels.nn import AddLayerNorm, Residual, _Measuring
+from gradkernels.ops.probe import PORTS as PROBE_PORTS
+from gradkernels.ops.probe import probe
+from gradkernels.telemetry import FIELDS, Record, merge_cells, record_of
+
+WRAPPERS = re.compile(r"(^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+PROBE, STREAM = "probe", "stream"
+MAX_UNREAD = 256  # finished steps kept before their slopes are read; by then the device is long done with them
+
+
+@dataclass
+class Site:
+    """One instrumented place. `kind`: "probe" (a block's output), "stream" (a fused op on the residual stream), "op"."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    ports: tuple[str, ...]
+    device: torch.device
+    stats: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is watched and what is not: names of fused sites, of probes, and the layers left as they are with the reason."""
+
+    fused: tuple[str, ...]
+    probes: tuple[str, ...]
+    uncovered: tuple[Uncovered, ...]
+    order: str
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} fused sites, {len(self.probes)} probes; order of sites: {self.order}"]
+        lines += [f"  not covered: {site or '(the model)'} ({layer}): {reason}" for site, layer, reason in self.uncovered]
+        return "\n".join(lines)
+
+
+def site_name(path: str) -> str:
+    """A module path without the prefixes that torch.compile, DDP, FSDP and checkpointing put in."""
+    return WRAPPERS.sub("", path).lstrip(".") or "(model)"
+
+
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Watch:
+    """A Watch on `model`, whose supported layers are fused ones from here on. See Watch."""
+    return Watch(model, optimizer)
+
+
+class Watch:
+    """Measures, every step, the gradient that flows through each site of a model, inside its backward kernels.
+
+    model: its supported layers are swapped in place (`convert`); where no fused op covers the boundary of a block (a child
+    of a ModuleList or Sequential that has parameters), a probe reads the gradient of the block's output once. Call it after
+    the model is on its device and before torch.compile traces it.
+    optimizer: where given, the learning rate is recorded with each step; its parameters must be the model's.
+    Raises ValueError where the optimizer holds none of the model's parameters, RuntimeError where the model is watched
+    already or has nothing to watch.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        if any(module.__dict__.get("stats") is not None for module in model.modules() if isinstance(module, _Measuring)):
+            raise RuntimeError("watch: model is watched already: close() the other watch first")
+        if optimizer is not None:
+            _check_optimizer(model, optimizer)
+        self.model, self.optimizer = convert(model), optimizer
+        self.step_count, self.loss, self.learning_rate = 0, None, None
+        self._hooks: list[Any] = []
+        self._ordering: list[Any] = []
+        self._first_run: list[int] = []
+        self._rows: list[torch.Tensor] | None = None
+        self._unread: list[list[torch.Tensor]] = []
+        self._slopes: list[float | None] = []
+        self.sites = _in_registration_order(model, [*_fused_sites(model), *_probe_sites(model)])
+        if not self.sites:
+            raise RuntimeError("watch: model has no layer with a fused kernel and no block boundary to probe")
+        for index, site in enumerate(self.sites):
+            self._ordering.append(_on_run(site, self._note_run(index)))
+            if site.kind == PROBE:
+                self._hooks.append(site.module.register_forward_hook(_probe_hook(site)))
+        self._allocate()
+
+    def step(self, loss: torch.Tensor | float | None = None) -> None:
+        """Ends a step: what was measured since the last call becomes `records()`, and counting starts again from zero.
+
+        Call it once per optimizer step; micro-batches before it merge. `loss` is kept as it is given, detached. Nothing
+        waits for the device.
+        """
+        self._rows = []
+        for table in self._tables:
+            rows = merge_cells(table)
+            table.zero_()
+            self._rows.append(rows.to("cpu", non_blocking=True))
+        self.step_count += 1
+        self.loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
+        if self.optimizer is not None:
+            self.learning_rate = self.optimizer.param_groups[0]["lr"]
+        self._settle_order()
+        self._unread.append(self._rows)
+        if len(self._unread) > MAX_UNREAD:
+            self._read_slopes()
+
+    def records(self) -> list[Record]:
+        """The rows of the last finished step, by depth and port; rows that nothing flowed through are left out.
+
+        Empty before the first step. Waits for the device where the model is on one.
+        """
+        return [record for _, record in self.site_records()]
+
+    def site_records(self) -> list[tuple[Site, Record]]:
+        """As `records`, each with its site."""
+        return self._site_records(self._rows) if self._rows is not None else []
+
+    def stream(self) -> list[Record]:
+        """dL/dh of the last finished step from the first site to the last, one record a site: what is compared over depth.
+
+        Block boundaries (probes) and the residual stream (Residual, AddLayerNorm) where there are at least two of them;
+        the incoming gradient dy of every fused op where not.
+        """
+        return _stream(self.site_records())
+
+    def slopes(self) -> list[float | None]:
+        """The dL/dh slope of each finished step, in decades; see `gradkernels.diagnose.slope`."""
+        self._read_slopes()
+        return list(self._slopes)
+
+    def coverage(self) -> Coverage:
+        """Which layers are fused, where probes are, and which norms and activations could not be fused, with the reason."""
+        ran = "the forward pass" if self._first_run else "registration (no forward pass was seen outside torch.compile)"
+        fused = tuple(site.name for site in self.sites if site.kind != PROBE)
+        probes = tuple(site.name for site in self.sites if site.kind == PROBE)
+        layers = tuple(Uncovered(site_name(name), layer, reason) for name, layer, reason in uncovered(self.model))
+        return Coverage(fused, probes, layers, ran)
+
+    def pause(self) -> None:
+        """Stops measuring until `resume()`: the kernels run as if telemetry had never been written."""
+        for site in self.sites:
+            _set_stats(site, None)
+
+    def resume(self) -> None:
+        """Measures again after `pause()`."""
+        for site, table, first in self._placed:
+            _set_stats(site, table[first : first + len(site.ports)])
+
+    def close(self) -> None:
+        """Ends the watching: no probes, no statistics. Fused layers stay; `gk.revert(model)` takes them back."""
+        self.pause()
+        for hook in (*self._hooks, *self._ordering):
+            hook.remove()
+
+    def __str__(self) -> str:
+        from gradkernels.report.terminal import table
+
+        return table(self)
+
+    def _allocate(self) -> None:
+        """One table per device; each site owns a block of its rows."""
+        self._tables, self._placed = [], []
+        for device in dict.fromkeys(site.device for site in self.sites):
+            sites = [site for site in self.sites if site.device == device]
+            table = torch.zeros(sum(len(site.ports) for site in sites), 1, len(FIELDS), dtype=torch.float64, device=device)
+            self._tables.append(table)
+            first = 0
+            for site in sites:
+                self._placed.append((site, table, first))
+                first += len(site.ports)
+        self.resume()
+
+    def _site_records(self, rows: list[torch.Tensor]) -> list[tuple[Site, Record]]:
+        for table in self._tables:
+            if table.is_cuda:
+                torch.cuda.synchronize(table.device)
+        values = {id(table): host.tolist() for table, host in zip(self._tables, rows, strict=True)}
+        result = []
+        for site, table, first in self._placed:
+            for offset, port in enumerate(site.ports):
+                record = record_of(site.name, port, values[id(table)][first + offset])
+                if record.observation_count:
+                    result.append((site, record))
+        return result
+
+    def _read_slopes(self) -> None:
+        for rows in self._unread:
+            self._slopes.append(slope(_stream(self._site_records(rows))))
+        self._unread = []
+
+    def _note_run(self, index: int) -> Callable[[torch.Tensor], None]:
+        """What runs when a site first does: notes its place in the forward pass, and moves the tables to its device."""
+
+        def note(x: torch.Tensor) -> None:
+            if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+                return
+            if index not in self._first_run:
+                self._first_run.append(index)
+            if x.device != self.sites[index].device:
+                self.sites[index].device = x.device
+                self._allocate()
+
+        return note
+
+    def _settle_order(self) -> None:
+        """After the first step with a forward pass: sites in the order in which they ran, and no more hooks to learn it."""
+        if not self._ordering or not self._first_run:
+            return
+        for hook in self._ordering:
+            hook.remove()
+        self._ordering = []
+        seen = set(self._first_run)
+        order = [*self._first_run, *(index for index in range(len(self.sites)) if index not in seen)]
+        self.sites = [self.sites[index] for index in order]
+        place = {id(site): (site, table, first) for site, table, first in self._placed}
+        self._placed = [place[id(site)] for site in self.sites]
+
+
+def _stream(rows: list[tuple[Site, Record]]) -> list[Record]:
+    boundaries = [record for site, record in rows if (site.kind, record.port) in ((PROBE, "dy"), (STREAM, "dx"))]
+    return boundaries if len(boundaries) >= 2 else [record for _, record in rows if record.port == "dy"]
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("watch: optimizer must hold parameters of model, got one that holds none of them")
+
+
+def _device_of(model: nn.Module, module: nn.Module) -> torch.device:
+    for owner in (module, model):
+        for tensor in (*owner.parameters(), *owner.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _fused_sites(model: nn.Module) -> Iterator[Site]:
+    for path, module in model.named_modules():
+        if isinstance(module, _Measuring):
+            kind = STREAM if isinstance(module, Residual | AddLayerNorm) else "op"
+            yield Site(site_name(path), module, kind, module.PORTS, _device_of(model, module))
+
+
+def _probe_sites(model: nn.Module) -> Iterator[Site]:
+    """The blocks of the outermost ModuleLists and Sequentials: their children with parameters that are not fused sites.
+
+    A child that is itself such a container is looked into instead; a block is not.
+    """
+    seen: set[int] = set()
+
+    def blocks(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            for name, child in module.named_children():
+                yield from blocks(f"{path}.{name}", child)
+            return
+        children = [(f"{path}.{name}", child) for name, child in module.named_children()]
+        nested = [item for item in children if isinstance(item[1], nn.ModuleList | nn.Sequential)]
+        plain = [item for item in children if item not in nested and any(True for _ in item[1].parameters())]
+        if len(plain) + len(nested) >= 2:
+            yield from plain
+        for name, child in nested:
+            yield from blocks(name, child)
+
+    for path, module in blocks("", model):
+        if not isinstance(module, _Measuring) and id(module) not in seen:
+            seen.add(id(module))
+            yield Site(site_name(path), module, PROBE, PROBE_PORTS, _device_of(model, module))
+
+
+def _in_registration_order(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Sites as the model lists its modules, a block after what is inside it: the order until a forward pass is seen."""
+
+    def finished(module: nn.Module, seen: set[int]) -> Iterator[int]:
+        if id(module) not in seen:
+            seen.add(id(module))
+            for child in module.children():
+                yield from finished(child, seen)
+            yield id(module)
+
+    place = {identity: index for index, identity in enumerate(finished(model, set()))}
+    return sorted(sites, key=lambda site: place[id(site.module)])
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    """The tensor of a block's output that its successor reads: the output, or the first of a tuple."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, torch.Tensor) and value.is_floating_point() else None
+
+
+def _probe_hook(site: Site) -> Callable:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        h = _first_tensor(output)
+        if h is not None and site.stats is not None:
+            probe(h, stats=site.stats)
+
+    return hook
+
+
+def _on_run(site: Site, note: Callable[[torch.Tensor], None]) -> Any:
+    """A hook that calls note(x) when the site runs: with an op's input before it, with a block's output after it."""
+    if site.kind == PROBE:
+        return site.module.register_forward_hook(lambda module, args, output: note(_first_tensor(output)))
+    return site.module.register_forward_pre_hook(lambda module, args: note(args[0] if args else None))
+
+
+def _set_stats(site: Site, stats: torch.Tensor | None) -> None:
+    site.stats = stats
+    if site.kind != PROBE:
+        site.module.stats = stats
