@@ -25,7 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // The instruction set torch itself uses on this CPU (ATEN_CPU_CAPABILITY overrides torch's choice, and so ours).
 Isa cpu_isa();
@@ -70,7 +70,7 @@ inline Tensor laid_out_as(const Tensor& model, const Tensor& t) {
   return t.strides() == model.strides() ? t : at::empty_like(model).copy_(t);
 }
 
-constexpr int64_t POINTWISE_BLOCK = 4096;  // elements between two folds of the statistics
+constexpr int64_t POINTWISE_BLOCK = 8192;  // elements between two folds of the statistics
 // Adds the statistics of a whole tensor to row `port` of `stats` (cpu/probe.cpp).
 void measure(const Tensor& gradient, const Tensor& stats, int64_t port);
 

@@ -13,7 +13,9 @@ namespace gk {
 Isa cpu_isa() {
   static const Isa isa = [] {
     const std::string capability = at::get_cpu_capability();
-    if (capability.rfind("AVX512", 0) == 0) return Isa::avx512;
+#if defined(__x86_64__)
+    if (capability.rfind("AVX512", 0) == 0) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#endif
     if (capability.rfind("AVX2", 0) == 0) return Isa::avx2;
     return Isa::baseline;
   }();
@@ -28,14 +30,14 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = __VERSION__;
     info["torch"] = TORCH_VERSION;
 #if defined(__x86_64__)
-    info["instruction_sets"] = py::make_tuple("baseline", "avx2", "avx512");
+    info["instruction_sets"] = py::make_tuple("baseline", "avx2", "avx512", "avx512_bf16");
 #else
     info["instruction_sets"] = py::make_tuple("baseline");
 #endif
     return info;
   });
   m.def("cpu_capability", [] {
-    const gk::Isa isa = gk::cpu_isa();
-    return isa == gk::Isa::avx512 ? "avx512" : isa == gk::Isa::avx2 ? "avx2" : "baseline";
+    const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+    return names[static_cast<int>(gk::cpu_isa())];
   });
 }

@@ -16,9 +16,8 @@ namespace gk::GK_ISA {
 
 template <typename TX, typename TY>
 static void add_rows(const TY* x, const TX* residual, TX* new_residual, int64_t count) {
-  using A = Acc<TX>;
   int64_t k = 0;
-  for (; k + WIDTH<A> <= count; k += WIDTH<A>) store(new_residual + k, load(x + k) + load(residual + k));
+  for (; k + STEP<TX> <= count; k += STEP<TX>) store_pair(new_residual + k, load_pair(x + k) + load_pair(residual + k));
   if (k < count) store_tail(new_residual + k, load_tail(x + k, count - k) + load_tail(residual + k, count - k), count - k);
 }
 

@@ -6,7 +6,7 @@
 // and written once for ROWS rows. weight, bias and the accumulators are float (double for double tensors).
 // TX is the dtype of x and dx, TY that of y and dy; they differ only for a float32 residual stream.
 
-constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 2 : 1;
 
 // One row forward: x[0 .. N) -> y, mean, rstd. The mean is corrected by the mean of x - mean, so that a large offset costs
 // nothing; the variance is the second pass over x - mean.
@@ -14,158 +14,162 @@ template <typename TX, typename TY, int R>
 static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, Acc<TX> eps, int64_t N,
                                  Acc<TX>* mean, Acc<TX>* rstd) {
   using A = Acc<TX>;
-  const int64_t whole = N - N % WIDTH<A>, tail = N - whole;
-  Vec<A> total[R]{}, first[R]{}, second[R]{}, centre[R], shift[R], scale[R];
-  for (int64_t k = 0; k < whole; k += WIDTH<A>) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) total[r] += load(x + r * N + k);
+  const int64_t whole = N - N % STEP<TX>, tail = N - whole;
+  Pair<A> total[R]{}, first[R]{}, second[R]{}, centre[R], shift[R], scale[R];
+  for (int64_t k = 0; k < whole; k += STEP<TX>) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) total[r] += load_pair(x + r * N + k);
   }
   for (int r = 0; r < R; ++r) {
     if (tail) total[r] += load_tail(x + r * N + whole, tail);
-    centre[r] = broadcast<A>(sum<A>(total[r]) / A(N));
+    centre[r] = pair<A>(sum<A>(total[r]) / A(N));
   }
-  for (int64_t k = 0; k < whole; k += WIDTH<A>) {
-#pragma GCC unroll 4
+  for (int64_t k = 0; k < whole; k += STEP<TX>) {
+#pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      const Vec<A> d = load(x + r * N + k) - centre[r];
+      const Pair<A> d = load_pair(x + r * N + k) - centre[r];
       first[r] += d;
       second[r] += d * d;
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int64_t k = whole; k < N; ++k) {
-      const A d = static_cast<A>(x[r * N + k]) - centre[r][0];
-      first[r][0] += d;
-      second[r][0] += d * d;
+      const A d = static_cast<A>(x[r * N + k]) - centre[r].a[0];
+      first[r].a[0] += d;
+      second[r].a[0] += d * d;
     }
     const A correction = sum<A>(first[r]) / A(N);
     const A variance = sum<A>(second[r]) / A(N) - correction * correction;
     rstd[r] = A(1) / std::sqrt((variance > 0 ? variance : variance - variance) + eps);
-    mean[r] = centre[r][0] + correction;
-    shift[r] = broadcast<A>(correction);
-    scale[r] = broadcast<A>(rstd[r]);
+    mean[r] = centre[r].a[0] + correction;
+    shift[r] = pair<A>(correction);
+    scale[r] = pair<A>(rstd[r]);
   }
-  for (int64_t k = 0; k < whole; k += WIDTH<A>) {
-    const Vec<A> w = load(weight + k), b = load(bias + k);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(y + r * N + k, ((load(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
+  for (int64_t k = 0; k < whole; k += STEP<TX>) {
+    const Pair<A> w = load_pair(weight + k), b = load_pair(bias + k);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) store_pair(y + r * N + k, ((load_pair(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
   }
   if (tail) {
-    const Vec<A> w = load_tail(weight + whole, tail), b = load_tail(bias + whole, tail);
+    const Pair<A> w = load_tail(weight + whole, tail), b = load_tail(bias + whole, tail);
     for (int r = 0; r < R; ++r) {
-      const Vec<A> x_hat = ((load_tail(x + r * N + whole, tail) - centre[r]) - shift[r]) * scale[r];
+      const Pair<A> x_hat = ((load_tail(x + r * N + whole, tail) - centre[r]) - shift[r]) * scale[r];
       store_tail(y + r * N + whole, x_hat * w + b, tail);
     }
   }
 }
 
+template <typename TX, typename TY>
+struct NormMeasures {
+  Measure<TY> dy;
+  Measure<TX> dresidual, dx;
+};
+
 // The sums over columns of ROWS rows: adds to dweight, dbias and `measure`, returns the row means of g and g x_hat.
 template <typename TX, typename TY, int R, bool TELEMETRY, bool COLUMNS>
-static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Vec<Acc<TX>>* mean,
-                                 const Vec<Acc<TX>>* rstd, int64_t N, const NormGradients<TX>& out,
-                                 Measure<Acc<TX>>& measure, Vec<Acc<TX>>* mean_g, Vec<Acc<TX>>* mean_gx) {
+static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Pair<Acc<TX>>* mean,
+                                 const Pair<Acc<TX>>* rstd, int64_t N, const NormGradients<TX>& out,
+                                 Measure<TY>& measure, Pair<Acc<TX>>* mean_g, Pair<Acc<TX>>* mean_gx) {
   using A = Acc<TX>;
-  const int64_t whole = N - N % WIDTH<A>, tail = N - whole;
-  Vec<A> sum_g[R]{}, sum_gx[R]{};
-  Measure<A> local = measure;
-  for (int64_t k = 0; k < whole; k += WIDTH<A>) {
-    const Vec<A> w = load(weight + k);
-    Vec<A> column_dy{}, column_dyx{};
-#pragma GCC unroll 4
+  const int64_t whole = N - N % STEP<TX>, tail = N - whole;
+  Pair<A> sum_g[R]{}, sum_gx[R]{};
+  Measure<TY> local = measure;
+  for (int64_t k = 0; k < whole; k += STEP<TX>) {
+    const Pair<A> w = load_pair(weight + k);
+    Pair<A> column_dy{}, column_dyx{};
+#pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      const Vec<A> dy = load(dy_ptr + r * N + k);
-      const Vec<A> x_hat = (load(x_ptr + r * N + k) - mean[r]) * rstd[r];
-      const Vec<A> g = dy * w;
+      const Pair<A> dy = load_pair(dy_ptr + r * N + k);
+      const Pair<A> x_hat = (load_pair(x_ptr + r * N + k) - mean[r]) * rstd[r];
+      const Pair<A> g = dy * w;
       sum_g[r] += g;
       sum_gx[r] += g * x_hat;
       if (COLUMNS) {
         column_dy += dy;
         column_dyx += dy * x_hat;
       }
-      if (TELEMETRY) local.add(dy);
+      if (TELEMETRY) add(local, dy_ptr + r * N + k);
     }
     if (COLUMNS) {
-      store(out.dweight + k, load(out.dweight + k) + column_dyx);
-      store(out.dbias + k, load(out.dbias + k) + column_dy);
+      store_pair(out.dweight + k, load_pair(out.dweight + k) + column_dyx);
+      store_pair(out.dbias + k, load_pair(out.dbias + k) + column_dy);
     }
   }
   for (int r = 0; r < R; ++r) {
     if (tail) {
-      const Vec<A> dy = load_tail(dy_ptr + r * N + whole, tail);
-      const Vec<A> x_hat = (load_tail(x_ptr + r * N + whole, tail) - mean[r]) * rstd[r];
-      const Vec<A> g = dy * load_tail(weight + whole, tail);
+      const Pair<A> dy = load_tail(dy_ptr + r * N + whole, tail);
+      const Pair<A> x_hat = (load_tail(x_ptr + r * N + whole, tail) - mean[r]) * rstd[r];
+      const Pair<A> g = dy * load_tail(weight + whole, tail);
       sum_g[r] += g;  // the lanes beyond the row hold dy = 0
       sum_gx[r] += g * x_hat;
       if (COLUMNS) {
         store_tail(out.dweight + whole, load_tail(out.dweight + whole, tail) + dy * x_hat, tail);
         store_tail(out.dbias + whole, load_tail(out.dbias + whole, tail) + dy, tail);
       }
-      if (TELEMETRY) local.add_tail(dy, tail);
+      if (TELEMETRY) add_tail(local, dy_ptr + r * N + whole, tail);
     }
-    mean_g[r] = broadcast<A>(sum<A>(sum_g[r]) / A(N));
-    mean_gx[r] = broadcast<A>(sum<A>(sum_gx[r]) / A(N));
+    mean_g[r] = pair<A>(sum<A>(sum_g[r]) / A(N));
+    mean_gx[r] = pair<A>(sum<A>(sum_gx[r]) / A(N));
   }
   measure = local;
 }
 
 template <typename TX, typename TY, int R, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
 static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, const NormGradients<TX>& out,
-                                 Measure<Acc<TX>>* measure) {
+                                 NormMeasures<TX, TY>& measure) {
   using A = Acc<TX>;
-  const int64_t N = p.N, whole = N - N % WIDTH<A>, tail = N - whole;
+  const int64_t N = p.N, whole = N - N % STEP<TX>, tail = N - whole;
   const TY* dy_ptr = p.dy + row * N;
   const TX *x_ptr = p.x + row * N, *dresidual_ptr = RESIDUAL ? p.dresidual + row * N : nullptr;
   TX* dx_ptr = p.dx + row * N;
-  Vec<A> mean[R], rstd[R], mean_g[R], mean_gx[R];
+  Pair<A> mean[R], rstd[R], mean_g[R], mean_gx[R];
   for (int r = 0; r < R; ++r) {
-    mean[r] = broadcast<A>(p.mean[row + r]);
-    rstd[r] = broadcast<A>(p.rstd[row + r]);
+    mean[r] = pair<A>(p.mean[row + r]);
+    rstd[r] = pair<A>(p.rstd[row + r]);
   }
-  norm_bwd_sums<TX, TY, R, TELEMETRY, COLUMNS>(dy_ptr, x_ptr, p.weight, mean, rstd, N, out, measure[0], mean_g, mean_gx);
-  Measure<A> measure_residual = measure[1], measure_dx = measure[2];
-  const auto gradient = [&](int r, Vec<A> dy, Vec<A> x, Vec<A> w) __attribute__((always_inline)) {
-    const Vec<A> x_hat = (x - mean[r]) * rstd[r];
+  norm_bwd_sums<TX, TY, R, TELEMETRY, COLUMNS>(dy_ptr, x_ptr, p.weight, mean, rstd, N, out, measure.dy, mean_g, mean_gx);
+  Measure<TX> measure_residual = measure.dresidual, measure_dx = measure.dx;
+  const auto gradient = [&](int r, Pair<A> dy, Pair<A> x, Pair<A> w) __attribute__((always_inline)) {
+    const Pair<A> x_hat = (x - mean[r]) * rstd[r];
     return rstd[r] * ((dy * w - mean_g[r]) - x_hat * mean_gx[r]);
   };
-  for (int64_t k = 0; k < whole; k += WIDTH<A>) {
-    const Vec<A> w = load(p.weight + k);
-#pragma GCC unroll 4
+  for (int64_t k = 0; k < whole; k += STEP<TX>) {
+    const Pair<A> w = load_pair(p.weight + k);
+#pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * N + k;
-      Vec<A> dx = gradient(r, load(dy_ptr + at), load(x_ptr + at), w);
+      Pair<A> dx = gradient(r, load_pair(dy_ptr + at), load_pair(x_ptr + at), w);
       if (RESIDUAL) {
-        const Vec<A> dresidual = load(dresidual_ptr + at);
-        dx += dresidual;
-        if (TELEMETRY) measure_residual.add(dresidual);
+        dx += load_pair(dresidual_ptr + at);
+        if (TELEMETRY) add(measure_residual, dresidual_ptr + at);
       }
-      if constexpr (!std::is_same_v<TX, TY>) store(p.dx_narrow + row * N + at, dx);
-      dx = store(dx_ptr + at, dx);
-      if (TELEMETRY) measure_dx.add(dx);
+      if constexpr (!std::is_same_v<TX, TY>) store_pair(p.dx_narrow + row * N + at, dx);
+      store_pair(dx_ptr + at, dx);
+      if (TELEMETRY) add(measure_dx, dx_ptr + at);
     }
   }
   if (tail) {
-    const Vec<A> w = load_tail(p.weight + whole, tail);
+    const Pair<A> w = load_tail(p.weight + whole, tail);
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * N + whole;
-      Vec<A> dx = gradient(r, load_tail(dy_ptr + at, tail), load_tail(x_ptr + at, tail), w);
+      Pair<A> dx = gradient(r, load_tail(dy_ptr + at, tail), load_tail(x_ptr + at, tail), w);
       if (RESIDUAL) {
-        const Vec<A> dresidual = load_tail(dresidual_ptr + at, tail);
-        dx += dresidual;
-        if (TELEMETRY) measure_residual.add_tail(dresidual, tail);
+        dx += load_tail(dresidual_ptr + at, tail);
+        if (TELEMETRY) add_tail(measure_residual, dresidual_ptr + at, tail);
       }
       if constexpr (!std::is_same_v<TX, TY>) store_tail(p.dx_narrow + row * N + at, dx, tail);
       store_tail(dx_ptr + at, dx, tail);
-      if (TELEMETRY) measure_dx.add_tail(load_tail(dx_ptr + at, tail), tail);
+      if (TELEMETRY) add_tail(measure_dx, dx_ptr + at, tail);
     }
   }
-  measure[1] = measure_residual;
-  measure[2] = measure_dx;
+  measure.dresidual = measure_residual;
+  measure.dx = measure_dx;
 }
 
 template <typename TX, typename TY, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
 static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, const NormGradients<TX>& out) {
   const int64_t block = std::max(ROWS, POINTWISE_BLOCK / p.N / ROWS * ROWS);  // rows between two folds
-  Measure<Acc<TX>> measure[3];
+  NormMeasures<TX, TY> measure;
   for (int64_t first = begin; first < end; first += block) {
     const int64_t last = std::min(end, first + block);
     int64_t row = first;
@@ -173,9 +177,9 @@ static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t
     for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
     if (TELEMETRY) {
       const int64_t offset = first * p.N, count = (last - first) * p.N;
-      fold(measure[0], p.dy + offset, count, out.cells[0]);
-      if (RESIDUAL) fold(measure[1], p.dresidual + offset, count, out.cells[1]);
-      fold(measure[2], p.dx + offset, count, out.cells[2]);
+      fold(measure.dy, p.dy + offset, count, out.cells[0]);
+      if (RESIDUAL) fold(measure.dresidual, p.dresidual + offset, count, out.cells[1]);
+      fold(measure.dx, p.dx + offset, count, out.cells[2]);
     }
   }
 }

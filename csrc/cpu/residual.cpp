@@ -11,27 +11,24 @@ namespace gk::GK_ISA {
 
 template <typename T, bool TELEMETRY>
 static void fork_range(const T* dskip_ptr, const T* dbranch_ptr, T* dx_ptr, int64_t begin, int64_t end, Cell* cells) {
-  using A = Acc<T>;
-  Measure<A> measure_skip, measure_branch, measure_dx;
+  Measure<T> measure_skip, measure_branch, measure_dx;
   for (int64_t first = begin; first < end; first += POINTWISE_BLOCK) {
     const int64_t last = std::min(end, first + POINTWISE_BLOCK);
     int64_t k = first;
-    for (; k + WIDTH<A> <= last; k += WIDTH<A>) {
-      const Vec<A> dskip = load(dskip_ptr + k), dbranch = load(dbranch_ptr + k);
-      const Vec<A> dx = store(dx_ptr + k, dskip + dbranch);
+    for (; k + STEP<T> <= last; k += STEP<T>) {
+      store_pair(dx_ptr + k, load_pair(dskip_ptr + k) + load_pair(dbranch_ptr + k));
       if (TELEMETRY) {
-        measure_skip.add(dskip);
-        measure_branch.add(dbranch);
-        measure_dx.add(dx);
+        add(measure_skip, dskip_ptr + k);
+        add(measure_branch, dbranch_ptr + k);
+        add(measure_dx, dx_ptr + k);
       }
     }
     if (k < last) {
-      const Vec<A> dskip = load_tail(dskip_ptr + k, last - k), dbranch = load_tail(dbranch_ptr + k, last - k);
-      const Vec<A> dx = store_tail(dx_ptr + k, dskip + dbranch, last - k);
+      store_tail(dx_ptr + k, load_tail(dskip_ptr + k, last - k) + load_tail(dbranch_ptr + k, last - k), last - k);
       if (TELEMETRY) {
-        measure_skip.add_tail(dskip, last - k);
-        measure_branch.add_tail(dbranch, last - k);
-        measure_dx.add_tail(dx, last - k);
+        add_tail(measure_skip, dskip_ptr + k, last - k);
+        add_tail(measure_branch, dbranch_ptr + k, last - k);
+        add_tail(measure_dx, dx_ptr + k, last - k);
       }
     }
     if (TELEMETRY) {

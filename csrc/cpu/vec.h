@@ -1,6 +1,6 @@
 // Vectors of one instruction set, written with the compiler's vector type so that every kernel is written once.
 // Included inside namespace gk::GK_ISA, once per instruction set; no include guard.
-// Loads widen to float (double stays double); stores round and return what was stored, widened again.
+// Loads widen to float (double stays double); stores round to nearest even.
 
 template <typename A>
 struct Lanes;
@@ -38,7 +38,13 @@ static GK_INLINE R load_as(const T* p) {
 static GK_INLINE F load(const float* p) { return load_as<F>(p); }
 static GK_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 static GK_INLINE F load(const c10::BFloat16* p) {
+#if GK_VECTOR_BYTES == 64
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif GK_VECTOR_BYTES == 32
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   return (F)(__builtin_convertvector(load_as<Lanes<float>::half_bits>(p), Lanes<float>::bits) << 16);
+#endif
 }
 static GK_INLINE F load(const c10::Half* p) {
 #if GK_VECTOR_BYTES == 64
@@ -52,71 +58,108 @@ static GK_INLINE F load(const c10::Half* p) {
 #endif
 }
 
-static GK_INLINE F store(float* p, F v) {
-  __builtin_memcpy(p, &v, sizeof(F));
-  return v;
-}
-static GK_INLINE Vec<double> store(double* p, Vec<double> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-  return v;
-}
-static GK_INLINE F store(c10::BFloat16* p, F v) {
+static GK_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof(v)); }
+static GK_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+static GK_INLINE void store(c10::BFloat16* p, F v) {
   typedef Lanes<float>::bits Bits;
   const Bits bits = (Bits)v;
-  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;  // nearest, ties to even
+  Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);  // nearest, ties to even
   rounded = v == v ? rounded : Bits{} + 0x7fc00000u;
   const auto stored = __builtin_convertvector(rounded >> 16, Lanes<float>::half_bits);
   __builtin_memcpy(p, &stored, sizeof(stored));
-  return (F)rounded;
 }
-static GK_INLINE F store(c10::Half* p, F v) {
+static GK_INLINE void store(c10::Half* p, F v) {
 #if GK_VECTOR_BYTES == 64
-  const __m256i stored = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-  _mm256_storeu_si256((__m256i*)p, stored);
-  return (F)_mm512_cvtph_ps(stored);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif GK_VECTOR_BYTES == 32
-  const __m128i stored = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-  _mm_storeu_si128((__m128i*)p, stored);
-  return (F)_mm256_cvtph_ps(stored);
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int64_t k = 0; k < WIDTH<float>; ++k) p[k] = v[k];
-  return load(p);
 #endif
 }
 
-// The last `count` < WIDTH elements of a row; the other lanes are zero and are not touched in memory.
+// Loops walk in pairs of vectors, STEP elements: a 16-bit pair fills one vector register.
+template <typename A>
+struct Pair {
+  Vec<A> a, b;
+};
 template <typename T>
-static GK_INLINE Vec<Acc<T>> load_tail(const T* p, int64_t count) {
-  T padded[WIDTH<Acc<T>>] = {};
+constexpr int64_t STEP = 2 * WIDTH<Acc<T>>;
+
+template <typename A>
+static GK_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {
+  return {x.a + y.a, x.b + y.b};
+}
+template <typename A>
+static GK_INLINE Pair<A> operator-(Pair<A> x, Pair<A> y) {
+  return {x.a - y.a, x.b - y.b};
+}
+template <typename A>
+static GK_INLINE Pair<A> operator*(Pair<A> x, Pair<A> y) {
+  return {x.a * y.a, x.b * y.b};
+}
+template <typename A>
+static GK_INLINE void operator+=(Pair<A>& x, Pair<A> y) {
+  x.a += y.a;
+  x.b += y.b;
+}
+template <typename A>
+static GK_INLINE Pair<A> pair(A value) {
+  return {broadcast<A>(value), broadcast<A>(value)};
+}
+
+template <typename T>
+static GK_INLINE Pair<Acc<T>> load_pair(const T* p) {
+  return {load(p), load(p + WIDTH<Acc<T>>)};
+}
+template <typename T>
+static GK_INLINE void store_pair(T* p, Pair<Acc<T>> v) {
+#ifdef GK_HAS_BF16
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    // The conversion instruction takes subnormal floats for zero, so a pair that holds one goes the long way.
+    const auto subnormal = _mm512_fpclass_ps_mask((__m512)v.a, 0x20) | _mm512_fpclass_ps_mask((__m512)v.b, 0x20);
+    if (__builtin_expect(subnormal == 0, 1)) {
+      _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a));
+      return;
+    }
+  }
+#endif
+  store(p, v.a);
+  store(p + WIDTH<Acc<T>>, v.b);
+}
+
+// The last `count` < STEP elements of a row; the other lanes are zero and are not touched in memory.
+template <typename T>
+static GK_INLINE Pair<Acc<T>> load_tail(const T* p, int64_t count) {
+  T padded[STEP<T>] = {};
   __builtin_memcpy((void*)padded, p, count * sizeof(T));
-  return load(padded);
+  return load_pair(padded);
 }
 template <typename T>
-static GK_INLINE Vec<Acc<T>> store_tail(T* p, Vec<Acc<T>> v, int64_t count) {
-  T padded[WIDTH<Acc<T>>];
-  v = store(padded, v);
+static GK_INLINE void store_tail(T* p, Pair<Acc<T>> v, int64_t count) {
+  T padded[STEP<T>];
+  store_pair(padded, v);
   __builtin_memcpy((void*)p, padded, count * sizeof(T));
-  return v;
 }
-#if GK_VECTOR_BYTES == 64
-static GK_INLINE F load_tail(const float* p, int64_t count) { return (F)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
-static GK_INLINE F load_tail(const c10::BFloat16* p, int64_t count) {
-  const __m256i bits = _mm256_maskz_loadu_epi16((1u << count) - 1, p);
-  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-}
-static GK_INLINE F store_tail(float* p, F v, int64_t count) {
-  _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
-  return v;
-}
-#endif
 
-// a < b ? a : b and a > b ? a : b, lane by lane: b where either is NaN.
+// a < b ? a : b and a > b ? a : b, lane by lane: b where either is NaN. For floats that is one instruction, which the
+// compiler does not find by itself.
 template <typename V>
 static GK_INLINE V lower(V a, V b) {
+#if GK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, F>) return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif GK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<V, F>) return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
   return a < b ? a : b;
 }
 template <typename V>
 static GK_INLINE V higher(V a, V b) {
+#if GK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, F>) return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif GK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<V, F>) return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -161,13 +204,23 @@ static GK_INLINE A sum(Vec<A> v) {
   return result;
 }
 template <typename A>
+static GK_INLINE A sum(Pair<A> v) {
+  return sum<A>(v.a + v.b);
+}
+template <typename A>
 static GK_INLINE A max(Vec<A> v) {
+#if GK_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps((__m512)v);
+#endif
   A result = v[0];
   for (int64_t k = 1; k < WIDTH<A>; ++k) result = v[k] > result ? v[k] : result;
   return result;
 }
 template <typename A>
 static GK_INLINE A min(Vec<A> v) {
+#if GK_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_min_ps((__m512)v);
+#endif
   A result = v[0];
   for (int64_t k = 1; k < WIDTH<A>; ++k) result = v[k] < result ? v[k] : result;
   return result;

@@ -1,0 +1,149 @@
+"""One case an op: our function, its twin in plain PyTorch, inputs, gradients, and what each port should see."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import gradkernels as gk
+from gradkernels.ops import OPS
+from gradkernels.testing import largest, norm_terms, randn
+
+DEFAULT = object()
+
+
+@dataclass(frozen=True)
+class Case:
+    """`function(*inputs, stats=...)` is ours, `eager(*inputs)` the twin; `seen(gradients)` is {port: gradient}.
+
+    `exact(*inputs)` is the truth when run in float64: `eager`, unless something is rounded on the way by definition.
+    """
+
+    op: str
+    function: Callable
+    eager: Callable
+    inputs: tuple
+    dys: tuple
+    seen: Callable
+    terms: dict = field(default_factory=dict)
+    exact: Callable | None = None
+
+    @property
+    def ports(self):
+        return OPS[self.op].PORTS
+
+
+def there(ports):
+    """The ports that a gradient came through."""
+    return {port: gradient for port, gradient in ports.items() if gradient is not None}
+
+
+def gelu_case(x, dy=None, approximate="none"):
+    dy = torch.randn_like(x) if dy is None else dy
+
+    def function(x, stats=None):
+        return gk.gelu(x, approximate, stats=stats)
+
+    def eager(x):
+        return F.gelu(x, approximate=approximate)
+
+    terms = {}
+    if x.dtype is torch.float64:  # eager is the truth there and has no error of its own: 1 - tanh^2 cancels in both
+        terms["d0"] = largest(dy * (1 + x.abs() * (1 + 0.134145 * x.square())))
+    return Case("gelu", function, eager, (x,), (dy,), lambda d: {"dy": dy, "dx": d[0]}, terms)
+
+
+def size_of_norm(x, weight, dy, num_dims, eps, residual=None):
+    """norm_terms. In float64 eager is the truth, and its backward expands (x - mean), which cancels for a large mean."""
+    size = norm_terms(x if residual is None else residual.double() + x.double(), weight, dy, num_dims, eps)
+    if x.dtype is torch.float64:
+        size["dx"] *= size["offset"]
+    return size
+
+
+def layer_norm_case(x, weight=None, bias=None, dy=None, num_dims=1, eps=1e-5):
+    dy = torch.randn_like(x) if dy is None else dy
+    shape = tuple(x.shape[-num_dims:])
+
+    def function(x, weight, bias, stats=None):
+        return gk.layer_norm(x, shape, weight, bias, eps, stats=stats)
+
+    def eager(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, eps)
+
+    def seen(d):
+        return there({"dy": dy, "dx": d[0], "dweight": d[1], "dbias": d[2]})
+
+    size = size_of_norm(x, weight, dy, num_dims, eps)
+    terms = {"y0": size["y"], "d0": size["dx"], "d1": size["dweight"], "d2": size["dbias"]}
+    return Case("layer_norm", function, eager, (x, weight, bias), (dy,), seen, terms)
+
+
+def add_layer_norm_case(x, residual, weight=None, bias=None, dy=DEFAULT, dnew_residual=DEFAULT, num_dims=1, eps=1e-5):
+    dy = torch.randn_like(x) if dy is DEFAULT else dy
+    dnew_residual = torch.randn_like(residual) if dnew_residual is DEFAULT else dnew_residual
+    shape = tuple(x.shape[-num_dims:])
+
+    def function(x, residual, weight, bias, stats=None):
+        return gk.add_layer_norm(x, residual, shape, weight, bias, eps, stats=stats)
+
+    def eager(x, residual, weight, bias):
+        h = residual + x
+        columns = [p if p is None else p.to(torch.promote_types(p.dtype, h.dtype)) for p in (weight, bias)]
+        return F.layer_norm(h, shape, *columns, eps).to(x.dtype), h
+
+    def exact(x, residual_wide, weight, bias):
+        """y is the norm of new_residual as stored, in residual's dtype."""
+        h = residual_wide + x
+        h = h + (h.detach().to(residual.dtype).to(h.dtype) - h.detach())
+        return F.layer_norm(h, shape, weight, bias, eps), h
+
+    def seen(d):
+        return there({"dy": dy, "dnew_residual": dnew_residual, "dx": d[1], "dweight": d[2], "dbias": d[3]})
+
+    size = size_of_norm(x, weight, dy, num_dims, eps, residual)
+    dx = size["dx"] + largest(dnew_residual)
+    terms = {"y0": size["y"], "d0": dx, "d1": dx, "d2": size["dweight"], "d3": size["dbias"]}
+    inputs = (x, residual, weight, bias)
+    return Case("add_layer_norm", function, eager, inputs, (dy, dnew_residual), seen, terms, exact)
+
+
+def residual_case(x, dskip=DEFAULT, dbranch=DEFAULT):
+    dskip = torch.randn_like(x) if dskip is DEFAULT else dskip
+    dbranch = torch.randn_like(x) if dbranch is DEFAULT else dbranch
+
+    def function(x, stats=None):
+        return gk.residual_fork(x, stats=stats)
+
+    def eager(x):
+        return x.view_as(x), x.view_as(x)
+
+    def seen(d):
+        return there({"dskip": dskip, "dbranch": dbranch, "dx": d[0]})
+
+    terms = {"d0": largest(dskip) + largest(dbranch)}
+    return Case("residual", function, eager, (x,), (dskip, dbranch), seen, terms)
+
+
+def probe_case(x, dy=None):
+    dy = torch.randn_like(x) if dy is None else dy
+
+    def function(x, stats=None):
+        return gk.probe(1 * x, stats=stats)
+
+    return Case("probe", function, lambda x: 1 * x, (x,), (dy,), lambda d: {"dy": dy})
+
+
+def make_case(op, *shape, dtype=torch.float32, scale=1.0):
+    """A case with everything an op has: random inputs, weight and bias, and gradients times `scale`."""
+    x = randn(*shape, dtype=dtype)
+    dy = randn(*shape, dtype=torch.float64).mul(scale).to(dtype)
+    weight, bias = randn(*shape[-1:], dtype=dtype, mean=1.0), randn(*shape[-1:], dtype=dtype)
+    if op == "layer_norm":
+        return layer_norm_case(x, weight, bias, dy)
+    if op == "add_layer_norm":
+        return add_layer_norm_case(x, randn(*shape, dtype=dtype), weight, bias, dy, dy.flip(0).neg())
+    if op == "residual":
+        return residual_case(x, dy, 0.75 * dy.flip(0))
+    return gelu_case(x, dy) if op == "gelu" else probe_case(x, dy)
