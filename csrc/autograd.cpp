@@ -131,9 +131,8 @@ Tensor layer_norm(const Tensor& x, int64_t num_dims, const OptionalTensor& weigh
   static const auto fwd =
       find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double)>(
           "gradkernels::layer_norm_fwd");
-  static const auto differentiable =
-      find<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double)>(
-          "gradkernels::layer_norm_differentiable");
+  static const auto differentiable = find<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double)>(
+      "gradkernels::layer_norm_differentiable");
   if (forward_mode(x, weight, bias)) return differentiable.call(x, weight, bias, num_dims, eps);
   const auto node = node_for<LayerNormBackward>(x, weight, bias);
   const auto [y, mean, rstd] = [&] {
@@ -194,8 +193,8 @@ struct AddLayerNormBackward : Node {
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, int64_t num_dims,
                                           const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                           const OptionalTensor& stats) {
-  static const auto fwd = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double)>(
+  static const auto fwd = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                                          const OptionalTensor&, int64_t, double)>(
       "gradkernels::add_layer_norm_fwd");
   static const auto differentiable =
       find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,

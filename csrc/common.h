@@ -97,5 +97,4 @@ void for_each_program(int64_t programs, int64_t num_items, const Body& body) {
 // A step of a hot loop: left to itself the compiler calls it, and every vector then goes through memory.
 #define GK_INLINE inline __attribute__((always_inline))
 
-#define GK_DISPATCH(dtype, name, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)
+#define GK_DISPATCH(dtype, name, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)

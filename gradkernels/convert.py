@@ -55,10 +55,12 @@ def uncovered(model: nn.Module) -> list[Uncovered]:
     """The norms, activations and recurrent layers of `model` for which there is no fused twin, with the reason."""
     result = []
     for name, module in model.named_modules():
+        if isinstance(module, _Measuring) or "parametrizations" in name.split("."):
+            continue
         cls = type(module)
         torch_layer = cls.__module__.startswith("torch.nn.modules.") and cls.__module__.endswith(LAYER_MODULES)
-        known = torch_layer or LAYER_NAME.search(cls.__name__)
-        if known and not isinstance(module, _Measuring) and not any(True for _ in module.children()):
+        leaf = next(module.children(), None) is None
+        if isinstance(module, tuple(FUSED)) or (leaf and (torch_layer or LAYER_NAME.search(cls.__name__))):
             reason = _reason(module)
             if reason:
                 result.append(Uncovered(name, cls.__name__, reason))

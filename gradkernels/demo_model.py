@@ -14,7 +14,7 @@ from torch import nn
 from gradkernels.nn import GELU, LayerNorm, Residual
 
 LAYERS, WIDTH, HEADS, CONTEXT = 6, 128, 4, 128
-WEIGHT_STD, EMBEDDING_STD = 0.02, 0.1
+WEIGHT_STD, EMBEDDING_STD = 0.08, 0.8
 
 
 class PlainResidual(nn.Module):
@@ -61,15 +61,13 @@ def block(layers: Layers) -> nn.Sequential:
     mlp = OrderedDict(
         norm=layers.layer_norm(WIDTH), up=nn.Linear(WIDTH, 4 * WIDTH), gelu=layers.gelu(), down=nn.Linear(4 * WIDTH, WIDTH)
     )
-    return nn.Sequential(
-        OrderedDict(attention=layers.residual(Attention(layers)), mlp=layers.residual(nn.Sequential(mlp)))
-    )
+    return nn.Sequential(OrderedDict(attention=layers.residual(Attention(layers)), mlp=layers.residual(nn.Sequential(mlp))))
 
 
 class CharacterTransformer(nn.Module):
     """Logits of the next character: (batch, time) of ids to (batch, time, vocabulary), time at most CONTEXT.
 
-    Initialised as GPT-2 is: normal weights, those that write into the residual stream smaller by sqrt(2 LAYERS).
+    Weights are drawn as in GPT-2: normal, those that write into the residual stream smaller by sqrt(2 LAYERS).
     """
 
     def __init__(self, vocabulary: int, layers: Layers = FUSED) -> None:

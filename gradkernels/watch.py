@@ -296,20 +296,37 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-def _probe_hook(site: Site) -> Callable:
+class _Hook:
+    """A forward hook; in a copy or a pickle of its module it does nothing, for the site is the original's."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        self.function(*args)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
+def _probe_hook(site: Site) -> _Hook:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         h = _first_tensor(output)
         if h is not None and site.stats is not None:
             probe(h, stats=site.stats)
 
-    return hook
+    return _Hook(hook)
 
 
 def _on_run(site: Site, note: Callable[[torch.Tensor], None]) -> Any:
     """A hook that calls note(x) when the site runs: with an op's input before it, with a block's output after it."""
     if site.kind == PROBE:
-        return site.module.register_forward_hook(lambda module, args, output: note(_first_tensor(output)))
-    return site.module.register_forward_pre_hook(lambda module, args: note(args[0] if args else None))
+        return site.module.register_forward_hook(_Hook(lambda module, args, output: note(_first_tensor(output))))
+    return site.module.register_forward_pre_hook(_Hook(lambda module, args: note(args[0] if args else None)))
 
 
 def _set_stats(site: Site, stats: torch.Tensor | None) -> None:

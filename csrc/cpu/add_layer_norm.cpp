@@ -23,9 +23,8 @@ static void add_rows(const TY* x, const TX* residual, TX* new_residual, int64_t 
 
 // ROWS rows are added and normalised before the next ones, while they are in the first-level cache.
 template <typename TX, typename TY>
-static void add_norm_fwd(const TY* x, const TX* residual, TX* new_residual, TY* y, const Acc<TX>* weight,
-                         const Acc<TX>* bias, double eps, int64_t N, int64_t begin, int64_t end, Acc<TX>* mean,
-                         Acc<TX>* rstd) {
+static void add_norm_fwd(const TY* x, const TX* residual, TX* new_residual, TY* y, const Acc<TX>* weight, const Acc<TX>* bias,
+                         double eps, int64_t N, int64_t begin, int64_t end, Acc<TX>* mean, Acc<TX>* rstd) {
   for (int64_t row = begin; row < end; row += ROWS) {
     const int64_t rows = std::min(ROWS, end - row);
     add_rows(x + row * N, residual + row * N, new_residual + row * N, rows * N);
@@ -61,9 +60,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
     using A = Acc<TX>;
     for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((add_norm_fwd<TX, TY>));
-      loop(x.const_data_ptr<TY>(), residual.const_data_ptr<TX>(), new_residual.mutable_data_ptr<TX>(),
-                   y.mutable_data_ptr<TY>(), w.const_data_ptr<A>(), b.const_data_ptr<A>(), eps, N, begin, end,
-                   mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
+      loop(x.const_data_ptr<TY>(), residual.const_data_ptr<TX>(), new_residual.mutable_data_ptr<TX>(), y.mutable_data_ptr<TY>(),
+           w.const_data_ptr<A>(), b.const_data_ptr<A>(), eps, N, begin, end, mean.mutable_data_ptr<A>(),
+           rstd.mutable_data_ptr<A>());
     });
   });
   return {y, new_residual, mean, rstd};
@@ -71,13 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
 
 // dy or dnew_residual may be absent, not both. dx is the gradient of residual, in its dtype, and of x too: dx_narrow holds
 // it again in x's dtype where that differs (a tensor of no elements where not).
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptionalTensor& dy_any,
-                                                              const OptionalTensor& dnew_residual_any,
-                                                              const Tensor& new_residual_any, const Tensor& mean,
-                                                              const Tensor& rstd, const OptionalTensor& weight,
-                                                              const OptionalTensor& bias, int64_t num_dims,
-                                                              at::ScalarType x_dtype, bool columns,
-                                                              const OptionalTensor& stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
+    const OptionalTensor& dy_any, const OptionalTensor& dnew_residual_any, const Tensor& new_residual_any, const Tensor& mean,
+    const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_dims, at::ScalarType x_dtype,
+    bool columns, const OptionalTensor& stats) {
   const Tensor h = new_residual_any.contiguous();
   const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
   const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();
@@ -91,10 +87,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptionalTens
     using A = Acc<TX>;
     ColumnSums<A> sums(weight, bias, h, N, programs, columns);
     for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
-      const NormBackward<TX, TY> p{dy.const_data_ptr<TY>(), h.const_data_ptr<TX>(),
+      const NormBackward<TX, TY> p{dy.const_data_ptr<TY>(),
+                                   h.const_data_ptr<TX>(),
                                    dnew_residual.defined() ? dnew_residual.const_data_ptr<TX>() : nullptr,
-                                   w.const_data_ptr<A>(), mean.const_data_ptr<A>(), rstd.const_data_ptr<A>(),
-                                   dx.mutable_data_ptr<TX>(), narrow ? dx_narrow.mutable_data_ptr<TY>() : nullptr, N};
+                                   w.const_data_ptr<A>(),
+                                   mean.const_data_ptr<A>(),
+                                   rstd.const_data_ptr<A>(),
+                                   dx.mutable_data_ptr<TX>(),
+                                   narrow ? dx_narrow.mutable_data_ptr<TY>() : nullptr,
+                                   N};
       const NormGradients<TX> out{sums.dweight(program), sums.dbias(program), &cells[3 * program]};
       const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
       loop(p, stats.has_value(), begin, end, out);

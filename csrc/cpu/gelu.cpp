@@ -219,7 +219,7 @@ Tensor gelu_bwd(const Tensor& dy_any, const Tensor& x_any, bool tanh, const Opti
     auto* dx_ptr = dx.mutable_data_ptr<scalar_t>();
     for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
       GK_CHOOSE((gelu_bwd<scalar_t>))(dy_ptr, x_ptr, dx_ptr, tanh, stats.has_value(), begin * POINTWISE_BLOCK,
-              std::min(x.numel(), end * POINTWISE_BLOCK), &cells[2 * program]);
+                                      std::min(x.numel(), end * POINTWISE_BLOCK), &cells[2 * program]);
     });
   });
   record(stats, 0, cells.data(), 2, programs, x.numel());

@@ -15,8 +15,8 @@ namespace gk::GK_ISA {
 #else
 namespace gk {
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, int64_t num_dims, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  int64_t num_dims, double eps) {
   const Tensor x = x_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N;
   const auto options = x.options().dtype(accumulator_dtype(x));
@@ -27,17 +27,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const Opt
     using A = Acc<scalar_t>;
     for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((norm_fwd<scalar_t, scalar_t>));
-      loop(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), w.const_data_ptr<A>(), b.const_data_ptr<A>(),
-               eps, N, begin, end, mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
+      loop(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), w.const_data_ptr<A>(), b.const_data_ptr<A>(), eps, N,
+           begin, end, mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
     });
   });
   return {y, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Tensor& x_any, const Tensor& mean,
-                                                  const Tensor& rstd, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, int64_t num_dims, bool columns,
-                                                  const OptionalTensor& stats) {
+                                                  const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  int64_t num_dims, bool columns, const OptionalTensor& stats) {
   const Tensor dy = dy_any.contiguous(), x = x_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N, programs = num_programs(M, N);
   Tensor dx = at::empty(x.sizes(), x.options()), dweight, dbias;
@@ -47,9 +46,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Te
     using A = Acc<scalar_t>;
     ColumnSums<A> sums(weight, bias, x, N, programs, columns);
     for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
-      const NormBackward<scalar_t, scalar_t> p{dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), nullptr,
-                                               w.const_data_ptr<A>(), mean.const_data_ptr<A>(), rstd.const_data_ptr<A>(),
-                                               dx.mutable_data_ptr<scalar_t>(), nullptr, N};
+      const NormBackward<scalar_t, scalar_t> p{dy.const_data_ptr<scalar_t>(),
+                                               x.const_data_ptr<scalar_t>(),
+                                               nullptr,
+                                               w.const_data_ptr<A>(),
+                                               mean.const_data_ptr<A>(),
+                                               rstd.const_data_ptr<A>(),
+                                               dx.mutable_data_ptr<scalar_t>(),
+                                               nullptr,
+                                               N};
       const NormGradients<scalar_t> out{sums.dweight(program), sums.dbias(program), &cells[3 * program]};
       const auto loop = GK_CHOOSE((norm_bwd<scalar_t, scalar_t>));
       loop(p, stats.has_value(), begin, end, out);

@@ -48,9 +48,7 @@ struct Measure<c10::BFloat16> {
     const uint32_t high = _mm512_reduce_max_epu32(bits) >> 16, low = _mm512_reduce_max_epu32(_mm512_slli_epi32(bits, 16)) >> 16;
     return c10::BFloat16(static_cast<uint16_t>(std::max(high, low)), c10::BFloat16::from_bits());
   }
-  GK_INLINE bool saw_zero() const {
-    return _mm512_testn_epi16_mask((__m512i)smallest, (__m512i)smallest) != 0;
-  }
+  GK_INLINE bool saw_zero() const { return _mm512_testn_epi16_mask((__m512i)smallest, (__m512i)smallest) != 0; }
 };
 #endif
 

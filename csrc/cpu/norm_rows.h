@@ -1,6 +1,7 @@
 // Rows of LayerNorm (Ba, Kiros and Hinton 2016), shared by layer_norm and add_layer_norm.
 //   x_hat = (x - mean) rstd,  y = x_hat weight + bias
-//   g = dy weight,  dx = rstd (g - sum(g) / N - x_hat sum(g x_hat) / N) [+ dresidual],  dweight = sum_M(dy x_hat),  dbias = sum_M(dy)
+//   g = dy weight,  dx = rstd (g - sum(g) / N - x_hat sum(g x_hat) / N) [+ dresidual],  dweight = sum_M(dy x_hat),  dbias =
+//   sum_M(dy)
 // Included inside namespace gk::GK_ISA after measure.h, once per instruction set; no include guard.
 // One program owns a contiguous range of rows and walks them ROWS at a time, so that the column accumulators are read
 // and written once for ROWS rows. weight, bias and the accumulators are float (double for double tensors).
@@ -12,7 +13,7 @@ constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 2 : 1;
 // nothing; the variance is the second pass over x - mean.
 template <typename TX, typename TY, int R>
 static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, Acc<TX> eps, int64_t N,
-                                 Acc<TX>* mean, Acc<TX>* rstd) {
+                                    Acc<TX>* mean, Acc<TX>* rstd) {
   using A = Acc<TX>;
   const int64_t whole = N - N % STEP<TX>, tail = N - whole;
   Pair<A> total[R]{}, first[R]{}, second[R]{}, centre[R], shift[R], scale[R];
@@ -48,7 +49,8 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
   for (int64_t k = 0; k < whole; k += STEP<TX>) {
     const Pair<A> w = load_pair(weight + k), b = load_pair(bias + k);
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) store_pair(y + r * N + k, ((load_pair(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
+    for (int r = 0; r < R; ++r)
+      store_pair(y + r * N + k, ((load_pair(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
   }
   if (tail) {
     const Pair<A> w = load_tail(weight + whole, tail), b = load_tail(bias + whole, tail);
@@ -68,8 +70,8 @@ struct NormMeasures {
 // The sums over columns of ROWS rows: adds to dweight, dbias and `measure`, returns the row means of g and g x_hat.
 template <typename TX, typename TY, int R, bool TELEMETRY, bool COLUMNS>
 static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Pair<Acc<TX>>* mean,
-                                 const Pair<Acc<TX>>* rstd, int64_t N, const NormGradients<TX>& out,
-                                 Measure<TY>& measure, Pair<Acc<TX>>* mean_g, Pair<Acc<TX>>* mean_gx) {
+                                    const Pair<Acc<TX>>* rstd, int64_t N, const NormGradients<TX>& out, Measure<TY>& measure,
+                                    Pair<Acc<TX>>* mean_g, Pair<Acc<TX>>* mean_gx) {
   using A = Acc<TX>;
   const int64_t whole = N - N % STEP<TX>, tail = N - whole;
   Pair<A> sum_g[R]{}, sum_gx[R]{};
@@ -116,7 +118,7 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
 
 template <typename TX, typename TY, int R, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
 static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, const NormGradients<TX>& out,
-                                 NormMeasures<TX, TY>& measure) {
+                                    NormMeasures<TX, TY>& measure) {
   using A = Acc<TX>;
   const int64_t N = p.N, whole = N - N % STEP<TX>, tail = N - whole;
   const TY* dy_ptr = p.dy + row * N;
@@ -188,8 +190,10 @@ template <typename TX, typename TY>
 static void norm_bwd(const NormBackward<TX, TY>& p, bool telemetry, int64_t begin, int64_t end, const NormGradients<TX>& out) {
   const auto with_columns = [&](auto columns) {
     constexpr bool COLUMNS = decltype(columns)::value;
-    const auto range = telemetry ? (p.dresidual ? norm_bwd_range<TX, TY, true, true, COLUMNS> : norm_bwd_range<TX, TY, true, false, COLUMNS>)
-                                 : (p.dresidual ? norm_bwd_range<TX, TY, false, true, COLUMNS> : norm_bwd_range<TX, TY, false, false, COLUMNS>);
+    const auto range =
+        telemetry
+            ? (p.dresidual ? norm_bwd_range<TX, TY, true, true, COLUMNS> : norm_bwd_range<TX, TY, true, false, COLUMNS>)
+            : (p.dresidual ? norm_bwd_range<TX, TY, false, true, COLUMNS> : norm_bwd_range<TX, TY, false, false, COLUMNS>);
     range(p, begin, end, out);
   };
   out.dweight ? with_columns(std::true_type{}) : with_columns(std::false_type{});

@@ -69,8 +69,7 @@ Tensor residual_bwd(const OptionalTensor& dskip_any, const OptionalTensor& dbran
     for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((residual_bwd<scalar_t>));
       loop(dskip.const_data_ptr<scalar_t>(), dbranch.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(),
-                   stats.has_value(), begin * POINTWISE_BLOCK, std::min(dx.numel(), end * POINTWISE_BLOCK),
-                   &cells[3 * program]);
+           stats.has_value(), begin * POINTWISE_BLOCK, std::min(dx.numel(), end * POINTWISE_BLOCK), &cells[3 * program]);
     });
   });
   for (int64_t port = 0; port < 3; ++port) record(stats, port, cells.data() + port, 3, programs, dx.numel());

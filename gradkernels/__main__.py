@@ -1,0 +1,7 @@
+"""`python -m gradkernels`."""
+
+import sys
+
+from gradkernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,97 @@
+"""The command `gradkernels`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import NoReturn
+
+from gradkernels.library import implementations
+
+LARGEST_SEED = 2**63 - 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command with `arguments` (those of the process where None); bad ones raise SystemExit(2)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    parser = _Parser(prog="gradkernels", description="Fused layers that measure the gradients flowing through them.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    demo = commands.add_parser("demo", help="train a small transformer on a text and show its gradient flow")
+    demo.add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: Python's own documentation)")
+    demo.add_argument("--steps", metavar="N", type=_steps, default=400, help="training steps (default: %(default)s)")
+    demo.add_argument("--out", metavar="DIR", default="run/demo", help="where files go (default: %(default)s)")
+    demo.add_argument("--seed", metavar="S", type=_seed, default=0, help="of weights, batches, sample (default: %(default)s)")
+    demo.set_defaults(run=_demo, parser=demo)
+    shown = commands.add_parser("implementations", help="print what will run where")
+    shown.set_defaults(run=_implementations)
+    options = parser.parse_args(arguments)
+    if "run" not in options:
+        parser.print_help()
+        return 0
+    return options.run(options)
+
+
+def _steps(value: str) -> int:
+    return _integer(value, 1, sys.maxsize, "a positive integer")
+
+
+def _seed(value: str) -> int:
+    return _integer(value, 0, LARGEST_SEED, "an integer from 0 to 2^63 - 1")
+
+
+def _integer(value: str, least: int, largest: int, expected: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= largest:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {value!r}")
+    return number
+
+
+def _implementations(options: argparse.Namespace) -> int:
+    for op, implementation in implementations().items():
+        print(f"{op}: {implementation}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    fail = options.parser.error
+    missing = [package for package in ("rich", "matplotlib") if find_spec(package) is None]
+    if missing:
+        fail(f'{" and ".join(missing)} not installed: pip install "gradkernels[demo]"')
+    from gradkernels import demo
+
+    try:
+        text = demo.read_text(options.text)
+    except ValueError as error:
+        fail(f"argument --text: {error}")
+    try:
+        steps_file = demo.open_output(options.out)
+    except OSError as error:
+        fail(f"argument --out: expected a folder that can be written, got {options.out!r}: {error.strerror}")
+    source = options.text or "Python's documentation (pydoc_data.topics)"
+    try:
+        with steps_file:
+            demo.run(text, source, options.steps, steps_file, options.seed)
+    except KeyboardInterrupt:
+        print("gradkernels demo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who read the output is gone; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        fail(f"argument --out: expected a folder that can be written, got {options.out!r}: {error.strerror}")
+    return 0

@@ -1,0 +1,144 @@
+"""convert, revert and the modules: what changes in a model and what does not."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import gradkernels as gk
+
+
+class Subclassed(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def model():
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU("tanh"), nn.Linear(8, 8), Subclassed(8), nn.BatchNorm1d(8))
+
+
+def gradients(net, x, dy):
+    net.zero_grad()
+    net(x).backward(dy)
+    return [parameter.grad.clone() for parameter in net.parameters()]
+
+
+def test_convert_changes_classes_only():
+    net = model()
+    before = dict(net.named_parameters())
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    assert gk.convert(net) is net
+    assert [type(module) for module in net] == [nn.Linear, gk.LayerNorm, gk.GELU, nn.Linear, Subclassed, nn.BatchNorm1d]
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    assert list(net.state_dict()) == list(state)
+    assert isinstance(net[1], nn.LayerNorm)
+    assert isinstance(net[2], nn.GELU)
+    assert net[2].approximate == "tanh"
+
+
+def test_convert_keeps_the_numbers_and_revert_the_classes():
+    net = model()
+    x, dy = torch.randn(16, 6), torch.randn(16, 8)
+    classes = [type(module) for module in net]
+    expected = gradients(net, x, dy)
+    converted = gradients(gk.convert(net), x, dy)
+    for got, want in zip(converted, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    gk.revert(gk.convert(net))
+    assert [type(module) for module in net] == classes
+    for got, want in zip(gradients(net, x, dy), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_revert_leaves_own_modules():
+    net = nn.Sequential(gk.LayerNorm(4), nn.LayerNorm(4))
+    gk.revert(gk.convert(net))
+    assert [type(module) for module in net] == [gk.LayerNorm, nn.LayerNorm]
+
+
+def test_uncovered_names_the_reason():
+    net = model()
+    net.add_module("replaced", nn.GELU())
+    net.replaced.forward = lambda x: x
+    net.add_module("tanh", nn.Tanh())
+    reasons = {layer.site: (layer.layer, layer.reason) for layer in gk.uncovered(gk.convert(net))}
+    assert reasons["4"] == ("Subclassed", "a subclass of nn.LayerNorm that may compute something else")
+    assert reasons["5"] == ("BatchNorm1d", "no fused kernel for this layer")
+    assert reasons["replaced"] == ("GELU", "its forward was replaced on the instance")
+    assert reasons["tanh"][0] == "Tanh"
+    assert set(reasons) == {"4", "5", "replaced", "tanh"}
+
+
+def test_parametrized_layer_is_left_alone():
+    net = nn.Sequential(nn.LayerNorm(4))
+    nn.utils.parametrizations.weight_norm(net[0], dim=None)
+    before = type(net[0])
+    assert type(gk.convert(net)[0]) is before
+    assert gk.uncovered(net)[0].site == "0"
+
+
+@pytest.mark.parametrize(
+    ("make", "twin"),
+    [
+        (lambda cls: cls(5, eps=1e-3), (gk.LayerNorm, nn.LayerNorm)),
+        (lambda cls: cls((2, 5), elementwise_affine=False), (gk.LayerNorm, nn.LayerNorm)),
+        (lambda cls: cls(5, bias=False), (gk.LayerNorm, nn.LayerNorm)),
+        (lambda cls: cls(5, dtype=torch.float64), (gk.LayerNorm, nn.LayerNorm)),
+        (lambda cls: cls(), (gk.GELU, nn.GELU)),
+        (lambda cls: cls(approximate="tanh"), (gk.GELU, nn.GELU)),
+    ],
+)
+def test_modules_are_their_twins(make, twin):
+    ours, theirs = make(twin[0]), make(twin[1])
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 2, 5, dtype=next((p.dtype for p in theirs.parameters()), torch.float32))
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_copies_do_not_measure():
+    net = nn.Sequential(gk.LayerNorm(4), gk.Residual(nn.Linear(4, 4)))
+    watch = gk.watch(net)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert other[0].stats is None
+        assert other[1].stats is None
+    assert net[0].stats is not None
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    assert not any("stats" in name for name in net.state_dict())
+    watch.close()
+
+
+def test_add_layer_norm_and_residual_modules():
+    norm, x, residual = gk.AddLayerNorm(6), torch.randn(4, 6), torch.randn(4, 6)
+    y, stream = norm(x, residual)
+    torch.testing.assert_close(stream, x + residual)
+    torch.testing.assert_close(y, nn.functional.layer_norm(x + residual, (6,), norm.weight, norm.bias))
+    block = gk.Residual(nn.Linear(6, 6))
+    torch.testing.assert_close(block(x), x + block.branch(x))
+    with pytest.raises(gk.ArgumentError, match=r"residual_add: branch must have skip's shape, \(4, 6\), got \(4, 3\)"):
+        gk.Residual(nn.Linear(6, 3))(x)
+
+
+def test_training_equals_plain_pytorch():
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1))
+    fused = gk.convert(copy.deepcopy(plain))
+    losses = {}
+    for name, net in (("plain", plain), ("fused", fused)):
+        optimizer, generator = torch.optim.AdamW(net.parameters(), 1e-2), torch.Generator().manual_seed(0)
+        losses[name] = []
+        for _ in range(50):
+            x = torch.randn(32, 8, generator=generator)
+            loss = (net(x) - x[:, :1].sin()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["plain"][-1] < 0.5 * losses["plain"][0]
+    torch.testing.assert_close(torch.tensor(losses["fused"]), torch.tensor(losses["plain"]), rtol=1e-4, atol=0)

@@ -1,0 +1,57 @@
+"""The op tests again, in processes of their own: without the extension, and on each instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradkernels.ops import OPS
+
+TESTS = Path(__file__).parent
+CAPABILITIES = ("default", "avx2", "avx512")  # ATEN_CPU_CAPABILITY, each including those before it
+SHOWN = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
+IMPLEMENTATIONS = "import gradkernels; print(gradkernels.implementations())"
+NUMBERS = "(implementation or tails or layouts or stats or threads or special or accuracy or one_output) and not vmap"
+
+
+def run(*arguments, **environment):
+    """Standard output of a Python process in the tests' directory, which must succeed."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run([sys.executable, *arguments], cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.fail(f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}", pytrace=False)
+    return done.stdout
+
+
+def run_tests(*arguments, **environment):
+    """Runs tests in a process of their own, which says in a line each what failed."""
+    output = run("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=line", *arguments, **environment)
+    assert " passed" in output
+
+
+def test_import_without_extension():
+    shown = run("-c", f"import without_extension; {IMPLEMENTATIONS}")
+    for op in OPS:
+        assert f"'{op} on cpu': 'reference (PyTorch): the extension is not built'" in shown
+    assert "'autograd': 'Python: the extension is not built'" in shown
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_without_extension(op):
+    """Forward, gradients, statistics, double backward, vmap and torch.compile of the reference implementation."""
+    run_tests("-p", "without_extension", f"test_{op}.py", "-k", "not inductor")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_instruction_sets(capability):
+    """Every kernel, dtype and field on an instruction set this CPU has."""
+    has = torch.backends.cpu.get_cpu_capability().lower()
+    if CAPABILITIES.index(capability) > max(k for k, name in enumerate(CAPABILITIES) if k == 0 or has.startswith(name)):
+        pytest.skip(f"this CPU has {has} at most")
+    shown = run("-c", IMPLEMENTATIONS, ATEN_CPU_CAPABILITY=capability)
+    assert shown.count(f"C++ ({SHOWN[capability]}") == len(OPS)
+    run_tests(*(f"test_{op}.py" for op in OPS), "-k", NUMBERS, ATEN_CPU_CAPABILITY=capability)
