@@ -32,7 +32,7 @@ def native_build() -> dict:
         "gradkernels._C",
         SOURCES,
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-g0"],
+        extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-g0"],
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from gradkernels import _C
@@ -13,6 +14,7 @@ except ModuleNotFoundError:  # installed without a C++ compiler; a build that do
     _C = None
 
 NAMESPACE = "gradkernels"
+VMAP_KEY = "FuncTorchBatched"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -31,39 +33,50 @@ def define(schema: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, NAMESPACE), schema.split("(")[0]).default
 
 
-def define_kernel(schema: str, reference: Callable, fake: Callable, vmap: Callable) -> torch._ops.OpOverload:
+def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
     """An op with kernels: `reference` runs wherever no device has one of its own, `fake` gives shapes and dtypes.
 
-    `vmap(*args)` computes the same from batched arguments in differentiable PyTorch.
+    Under torch.func.vmap, and where this op itself is differentiated (an outer level of nested transforms; the node of
+    the op that users call runs it below autograd), the reference runs: its operations have batching rules and derivatives.
     """
     op = define(schema)
     name = schema.split("(")[0]
+
+    def differentiated(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if any(isinstance(value, torch.Tensor) and _is_differentiated(value) for value in args):
+            return reference(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, reference, VMAP_KEY)
+    LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", _vmap_rule(vmap), lib=LIBRARY)
     return op
 
 
-def _vmap_rule(function: Callable) -> Callable:
-    """PyTorch's batching rule made of a function of the batched arguments; outputs are batched in dimension 0."""
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        result = function(in_dims, *args)
-        return result, 0 if isinstance(result, torch.Tensor) else (0,) * len(result)
-
-    return rule
+def _is_differentiated(x: torch.Tensor) -> bool:
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:
     """An op made of other ops, differentiable as they are, always in Python."""
     op = define(schema)
-    LIBRARY.impl(schema.split("(")[0], python, "CompositeImplicitAutograd")
+    for key in ("CompositeImplicitAutograd", VMAP_KEY):
+        LIBRARY.impl(schema.split("(")[0], python, key)
     return op
 
 
-def define_autograd(schema: str, python: Callable) -> torch._ops.OpOverload:
-    """The op users call, with its autograd node: the extension's (csrc/autograd.cpp), or `python` without extension."""
-    return define(schema) if _C is not None else define_composite(schema, python)
+def define_autograd(schema: str, python: Callable, differentiable: Callable) -> torch._ops.OpOverload:
+    """The op users call, with its autograd node: the extension's (csrc/autograd.cpp), or `python` without extension.
+
+    `differentiable` computes the same in plain PyTorch, without statistics; torch.func.vmap runs it.
+    """
+    op = define(schema)
+    LIBRARY.impl(schema.split("(")[0], differentiable, VMAP_KEY)
+    if _C is None:
+        LIBRARY.impl(schema.split("(")[0], python, "CompositeImplicitAutograd")
+    return op
 
 
 def implementations() -> dict[str, str]:

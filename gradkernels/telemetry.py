@@ -115,23 +115,18 @@ def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) ->
     cell[ABS_MAX] = largest
 
 
-def measured(reference: Callable, ports: Callable) -> tuple[Callable, Callable]:
-    """The two plain implementations of a backward op `f(*args, stats)` made of `reference(*args)`, which has no telemetry.
+def measured(reference: Callable, ports: Callable) -> Callable:
+    """The plain implementation of a backward op `f(*args, stats)` made of `reference(*args)`, which has no telemetry.
 
-    `ports(args, gradients)` lists the gradients in the order of the op's PORTS, None where there is none. The first
-    result is the op's default; the second, `f(in_dims, *args, stats)`, is its batching rule.
+    `ports(args, gradients)` lists the gradients in the order of the op's PORTS, None where there is none.
     """
 
-    def measure(stats: torch.Tensor | None, args: tuple, gradients: Any) -> Any:
-        for port, gradient in enumerate(ports(args, gradients) if stats is not None else ()):
+    def backward(*args: Any) -> Any:
+        *inputs, stats = args
+        gradients = reference(*inputs)
+        for port, gradient in enumerate(ports(inputs, gradients) if stats is not None else ()):
             if gradient is not None:
                 torch.ops.gradkernels.probe_bwd.default(gradient.detach(), stats, port)
         return gradients
 
-    def default(*args: Any) -> Any:
-        return measure(args[-1], args[:-1], reference(*args[:-1]))
-
-    def batched(in_dims: tuple, *args: Any) -> Any:
-        return measure(args[-1], args[:-1], torch.vmap(reference, in_dims=in_dims[:-1])(*args[:-1]))
-
-    return default, batched
+    return backward

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradkernels
 from gradkernels.ops import OPS
 
 TESTS = Path(__file__).parent
@@ -29,8 +30,7 @@ def run(*arguments, **environment):
 
 def run_tests(*arguments, **environment):
     """Runs tests in a process of their own, which says in a line each what failed."""
-    output = run("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=line", *arguments, **environment)
-    assert " passed" in output
+    run("-m", "pytest", "-p", "no:cacheprovider", "--tb=line", *arguments, **environment)
 
 
 def test_import_without_extension():
@@ -43,15 +43,17 @@ def test_import_without_extension():
 @pytest.mark.parametrize("op", OPS)
 def test_ops_without_extension(op):
     """Forward, gradients, statistics, double backward, vmap and torch.compile of the reference implementation."""
-    run_tests("-p", "without_extension", f"test_{op}.py", "-k", "not inductor")
+    run_tests("-p", "without_extension", f"test_{op}.py", "-k", "not inductor and not tails and not threads")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_instruction_sets(capability):
-    """Every kernel, dtype and field on an instruction set this CPU has."""
+    """Every kernel, dtype and field on an instruction set this CPU has, other than the one all other tests run on."""
     has = torch.backends.cpu.get_cpu_capability().lower()
     if CAPABILITIES.index(capability) > max(k for k, name in enumerate(CAPABILITIES) if k == 0 or has.startswith(name)):
         pytest.skip(f"this CPU has {has} at most")
     shown = run("-c", IMPLEMENTATIONS, ATEN_CPU_CAPABILITY=capability)
     assert shown.count(f"C++ ({SHOWN[capability]}") == len(OPS)
+    if shown.strip() == str(gradkernels.implementations()):
+        pytest.skip("the tests of the ops in this process run on it")
     run_tests(*(f"test_{op}.py" for op in OPS), "-k", NUMBERS, ATEN_CPU_CAPABILITY=capability)

@@ -104,10 +104,6 @@ def add_layer_norm_bwd_fake(
     return h.new_empty(h.shape), narrow, column_fake(h, weight, columns), column_fake(h, bias, columns)
 
 
-def _fwd_vmap(in_dims: tuple, *args: Any) -> tuple:
-    return torch.vmap(add_layer_norm_fwd_reference, in_dims=in_dims)(*args)
-
-
 def _differentiable(x: torch.Tensor, residual: torch.Tensor, weight: Any, bias: Any, num_dims: int, eps: float) -> tuple:
     return add_layer_norm_fwd_reference(x, residual, weight, bias, num_dims, eps)[:2]
 
@@ -136,9 +132,9 @@ def _ports(args: tuple, gradients: tuple) -> tuple:
     return args[0], args[1], dx, *columns_of
 
 
-_bwd_default, _bwd_vmap = measured(add_layer_norm_bwd_reference, _ports)
-add_layer_norm_fwd = define_kernel(SCHEMA_FWD, add_layer_norm_fwd_reference, add_layer_norm_fwd_fake, _fwd_vmap)
-add_layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, add_layer_norm_bwd_fake, _bwd_vmap)
+_bwd_default = measured(add_layer_norm_bwd_reference, _ports)
+add_layer_norm_fwd = define_kernel(SCHEMA_FWD, add_layer_norm_fwd_reference, add_layer_norm_fwd_fake)
+add_layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, add_layer_norm_bwd_fake)
 add_layer_norm_differentiable = define_composite(
     "add_layer_norm_differentiable(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int num_dims, float eps) "
     "-> (Tensor y, Tensor new_residual)",
@@ -189,7 +185,11 @@ class _AddLayerNorm(Function):
         return dx_narrow if ctx.x_dtype is not h.dtype else dx, dx, None, dweight, dbias, None, None
 
 
-_add_layer_norm_op = define_autograd(SCHEMA, lambda *args: _AddLayerNorm.apply(*args)[:2])
+_add_layer_norm_op = define_autograd(
+    SCHEMA,
+    lambda *args: _AddLayerNorm.apply(*args)[:2],
+    lambda x, residual, num_dims, weight, bias, eps, stats: _differentiable(x, residual, weight, bias, num_dims, eps),
+)
 
 
 def add_layer_norm(

@@ -51,13 +51,9 @@ def gelu_bwd_fake(dy: torch.Tensor, x: torch.Tensor, tanh: bool, stats: torch.Te
     return torch.empty_like(x)
 
 
-def _fwd_vmap(in_dims: tuple, *args: Any) -> torch.Tensor:
-    return torch.vmap(gelu_fwd_reference, in_dims=in_dims)(*args)
-
-
-_bwd_default, _bwd_vmap = measured(gelu_bwd_reference, lambda args, dx: (args[0], dx))
-gelu_fwd = define_kernel(SCHEMA_FWD, gelu_fwd_reference, gelu_fwd_fake, _fwd_vmap)
-gelu_bwd = define_kernel(SCHEMA_BWD, _bwd_default, gelu_bwd_fake, _bwd_vmap)
+_bwd_default = measured(gelu_bwd_reference, lambda args, dx: (args[0], dx))
+gelu_fwd = define_kernel(SCHEMA_FWD, gelu_fwd_reference, gelu_fwd_fake)
+gelu_bwd = define_kernel(SCHEMA_BWD, _bwd_default, gelu_bwd_fake)
 gelu_differentiable = define_composite(SCHEMA_FWD.replace("_fwd", "_differentiable"), gelu_fwd_reference)
 gelu_bwd_differentiable = define_composite(
     "gelu_bwd_differentiable(Tensor dy, Tensor x, bool tanh, Tensor(a!)? stats) -> Tensor", _bwd_default
@@ -85,7 +81,7 @@ class _Gelu(Function):
         return op(dy, x, ctx.tanh, ctx.stats), None, None
 
 
-_gelu_op = define_autograd(SCHEMA, _Gelu.apply)
+_gelu_op = define_autograd(SCHEMA, _Gelu.apply, lambda x, tanh, stats: gelu_fwd_reference(x, tanh))
 
 
 def gelu(x: torch.Tensor, approximate: str = "none", *, stats: torch.Tensor | None = None) -> torch.Tensor:

@@ -102,10 +102,6 @@ def column_fake(x: torch.Tensor, parameter: torch.Tensor | None, columns: bool) 
     return parameter.new_empty(parameter.shape) if columns and parameter is not None else x.new_empty(0)
 
 
-def _fwd_vmap(in_dims: tuple, *args: Any) -> tuple:
-    return torch.vmap(layer_norm_fwd_reference, in_dims=in_dims)(*args)
-
-
 def _differentiable(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, num_dims: int, eps: float
 ) -> torch.Tensor:
@@ -138,9 +134,9 @@ def _ports(args: tuple, gradients: tuple) -> tuple:
     )
 
 
-_bwd_default, _bwd_vmap = measured(layer_norm_bwd_reference, _ports)
-layer_norm_fwd = define_kernel(SCHEMA_FWD, layer_norm_fwd_reference, layer_norm_fwd_fake, _fwd_vmap)
-layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, layer_norm_bwd_fake, _bwd_vmap)
+_bwd_default = measured(layer_norm_bwd_reference, _ports)
+layer_norm_fwd = define_kernel(SCHEMA_FWD, layer_norm_fwd_reference, layer_norm_fwd_fake)
+layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, layer_norm_bwd_fake)
 layer_norm_differentiable = define_composite(
     "layer_norm_differentiable(Tensor x, Tensor? weight, Tensor? bias, int num_dims, float eps) -> Tensor",
     _differentiable,
@@ -187,7 +183,11 @@ class _LayerNorm(Function):
         )
 
 
-_layer_norm_op = define_autograd(SCHEMA, lambda *args: _LayerNorm.apply(*args)[0])
+_layer_norm_op = define_autograd(
+    SCHEMA,
+    lambda *args: _LayerNorm.apply(*args)[0],
+    lambda x, num_dims, weight, bias, eps, stats: _differentiable(x, weight, bias, num_dims, eps),
+)
 
 
 def check_norm_arguments(

@@ -16,12 +16,15 @@ def probe_bwd_fake(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
     """Nothing comes out."""
 
 
-def _probe_bwd_vmap(in_dims: tuple, dy: torch.Tensor, stats: torch.Tensor, port: int) -> tuple:
-    probe_bwd(dy, stats, port)  # a batch of gradients is one larger gradient
-    return ()
+def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
+    """The reference; under vmap a batch of gradients is one larger gradient."""
+    if torch._C._functorch.is_batchedtensor(dy):
+        probe_bwd(torch._C._functorch.get_unwrapped(dy), stats, port)
+    else:
+        measure_reference(dy, stats, port)
 
 
-probe_bwd = define_kernel(SCHEMA_BWD, measure_reference, probe_bwd_fake, _probe_bwd_vmap)
+probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
 
 
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:

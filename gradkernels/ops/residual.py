@@ -28,8 +28,8 @@ def residual_bwd_fake(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, 
     return torch.empty_like(dbranch if dskip is None else dskip)
 
 
-_bwd_default, _bwd_vmap = measured(residual_bwd_reference, lambda args, dx: (*args, dx))
-residual_bwd = define_kernel(SCHEMA_BWD, _bwd_default, residual_bwd_fake, _bwd_vmap)
+_bwd_default = measured(residual_bwd_reference, lambda args, dx: (*args, dx))
+residual_bwd = define_kernel(SCHEMA_BWD, _bwd_default, residual_bwd_fake)
 residual_bwd_differentiable = define_composite(
     "residual_bwd_differentiable(Tensor? dskip, Tensor? dbranch, Tensor(a!)? stats) -> Tensor", _bwd_default
 )
@@ -57,7 +57,7 @@ class _ResidualFork(Function):
         return op(dskip, dbranch, ctx.stats), None
 
 
-_residual_fork_op = define_autograd(SCHEMA, _ResidualFork.apply)
+_residual_fork_op = define_autograd(SCHEMA, _ResidualFork.apply, lambda x, stats: (x.view_as(x), x.view_as(x)))
 
 
 def residual_fork(x: torch.Tensor, *, stats: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
