@@ -70,7 +70,7 @@ inline Tensor laid_out_as(const Tensor& model, const Tensor& t) {
   return t.strides() == model.strides() ? t : at::empty_like(model).copy_(t);
 }
 
-constexpr int64_t POINTWISE_BLOCK = 8192;  // elements between two folds of the statistics
+constexpr int64_t POINTWISE_BLOCK = 8192;  // elements that are not split over threads
 // Adds the statistics of a whole tensor to row `port` of `stats` (cpu/probe.cpp).
 void measure(const Tensor& gradient, const Tensor& stats, int64_t port);
 

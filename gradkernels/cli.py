@@ -82,7 +82,7 @@ def _demo(options: argparse.Namespace) -> int:
         steps_file = demo.open_output(options.out)
     except OSError as error:
         fail(f"argument --out: expected a folder that can be written, got {options.out!r}: {error.strerror}")
-    source = options.text or "Python's documentation (pydoc_data.topics)"
+    source = options.text or "Python's own documentation"
     try:
         with steps_file:
             demo.run(text, source, options.steps, steps_file, options.seed)

@@ -227,8 +227,8 @@ def print_learned(model: torch.nn.Module, corpus: Corpus, generator: torch.Gener
     windows = corpus.validation[: count * (CONTEXT + 1)].view(count, CONTEXT + 1)
     with torch.no_grad():
         loss = float(torch.stack([cross_entropy(model, window[None]) for window in windows]).mean())
-    print(f"\nValidation loss {loss:.3f} nats/char ({loss / math.log(2):.2f} bits/char);", end=" ")
-    print(f"character frequencies alone: {corpus.entropy:.3f}")
+    for name, nats in (("\nValidation loss", loss), ("Entropy of the characters' frequencies", corpus.entropy)):
+        print(f"{name}: {nats:.3f} nats/char, {nats / math.log(2):.3f} bits/char")
     start = corpus.alphabet.find("\n") % len(corpus.alphabet)
     ids = generate(model, torch.tensor([start]), 200, generator)
     print("Sample:")
@@ -284,14 +284,14 @@ def print_times(measured: dict[str, list[float]]) -> None:
     rounds = len(on)
     print(f"Training step of {BATCH} x {CONTEXT} characters, median of interleaved rounds ({rounds}):")
     for name, values in (("telemetry on", on), ("telemetry off", off + again), ("plain PyTorch", plain)):
-        print(f"  {name:<24}{statistics.median(values):>8.1f} ms")
-    noise = f"  (the noise; p20 to p80 of single rounds: {_spread(off, again)})"
+        print(f"  {name:<20}{statistics.median(values):>8.1f} ms")
+    noise = f"  noise; p20 to p80 of the rounds: {_spread(off, again)}"
     for name, values, others, note in (
         ("on / off", on, off + again, ""),
         ("on / plain PyTorch", on, plain, ""),
         ("off / off", off, again, noise),
     ):
-        print(f"  {name:<24}{statistics.median(values) / statistics.median(others):>8.3f}{note}", flush=True)
+        print(f"  {name:<20}{statistics.median(values) / statistics.median(others):>8.3f}{note}", flush=True)
 
 
 def _spread(values: list[float], others: list[float]) -> str:

@@ -9,12 +9,12 @@ import torch
 from torch.autograd import forward_ad
 
 try:
-    from gradkernels import _C
+    import gradkernels._C as _C
 except ModuleNotFoundError:  # installed without a C++ compiler; a build that does not load raises its own ImportError
     _C = None
 
 NAMESPACE = "gradkernels"
-VMAP_KEY = "FuncTorchBatched"
+VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.grad(is_grads_batched=True)
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -43,40 +43,48 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._op
     name = schema.split("(")[0]
 
     def differentiated(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if any(isinstance(value, torch.Tensor) and _is_differentiated(value) for value in args):
+        if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+            return reference(*args)
+        if any(_has_tangent(value) for value in args):
             return reference(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, reference, VMAP_KEY)
+    for key in ("CompositeExplicitAutograd", *VMAP_KEYS):
+        LIBRARY.impl(name, reference, key)
     LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return op
 
 
-def _is_differentiated(x: torch.Tensor) -> bool:
-    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:
     """An op made of other ops, differentiable as they are, always in Python."""
     op = define(schema)
-    for key in ("CompositeImplicitAutograd", VMAP_KEY):
+    for key in ("CompositeImplicitAutograd", *VMAP_KEYS):
         LIBRARY.impl(schema.split("(")[0], python, key)
     return op
 
 
-def define_autograd(schema: str, python: Callable, differentiable: Callable) -> torch._ops.OpOverload:
+def define_autograd(schema: str, python: Callable, differentiable: Callable) -> Callable:
     """The op users call, with its autograd node: the extension's (csrc/autograd.cpp), or `python` without extension.
 
-    `differentiable` computes the same in plain PyTorch, without statistics; torch.func.vmap runs it.
+    `differentiable` computes the same in plain PyTorch, without statistics; torch.func.vmap and forward mode run it.
     """
     op = define(schema)
-    LIBRARY.impl(schema.split("(")[0], differentiable, VMAP_KEY)
-    if _C is None:
-        LIBRARY.impl(schema.split("(")[0], python, "CompositeImplicitAutograd")
-    return op
+    for key in VMAP_KEYS:
+        LIBRARY.impl(schema.split("(")[0], differentiable, key)
+    if _C is not None:
+        return op
+
+    def call(*args: Any) -> Any:
+        return (differentiable if forward_ad._current_level >= 0 else python)(*args)
+
+    LIBRARY.impl(schema.split("(")[0], call, "CompositeImplicitAutograd")
+    return call  # not through the dispatcher, under which torch.func could not see the Function
 
 
 def implementations() -> dict[str, str]:

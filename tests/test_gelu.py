@@ -31,7 +31,7 @@ from gradkernels.ops.gelu import gelu_bwd_reference, gelu_fwd_reference
 from gradkernels.testing import DTYPES, check_stats, compare, differentiate, lay_out, randn
 
 FORMS = ("none", "tanh")
-SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (3, 1500), (2, 3, 5, 7), (11, 1531))
+SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (8193,), (3, 1500), (2, 3, 5, 7), (11, 1531))
 LAYOUTS = (
     ("transposed", "contiguous"),
     ("sliced", "contiguous"),

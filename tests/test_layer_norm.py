@@ -27,7 +27,21 @@ from gradkernels.ops.layer_norm import PORTS, layer_norm_bwd_reference, layer_no
 from gradkernels.testing import DTYPES, check_stats, compare, differentiate, lay_out, randn
 
 HALVES = (torch.bfloat16, torch.float16)
-SHAPES = ((0, 5), (5, 1), (1, 1), (1, 7), (3, 33), (2, 760), (7, 1128), (5, 1500), (6, 3000), (1, 4097), (13, 64), (2, 3, 17))
+SHAPES = (
+    (0, 5),
+    (5, 1),
+    (1, 1),
+    (1, 7),
+    (3, 33),
+    (2, 760),
+    (7, 1128),
+    (5, 1500),
+    (6, 3000),
+    (1, 4097),
+    (1, 8193),
+    (13, 64),
+    (2, 3, 17),
+)
 LAYOUTS = (
     ("transposed", "contiguous"),
     ("sliced", "contiguous"),
@@ -79,7 +93,7 @@ def test_implementation(dtype, shape, mean):
 
 
 @pytest.mark.parametrize("rows", range(1, 10))
-@pytest.mark.parametrize("columns", [15, 16, 17, 31, 47, 65])
+@pytest.mark.parametrize("columns", [15, 16, 17, 31, 33, 47, 65])
 def test_tails(rows, columns):
     check_case(full_case(rows, columns, dtype=torch.float32))
 

@@ -25,7 +25,7 @@ import gradkernels as gk
 from gradkernels.telemetry import measure_reference
 from gradkernels.testing import DTYPES, check_stats, lay_out, randn
 
-SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (3, 1500), (2, 3, 5, 7), (11, 1531))
+SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (8193,), (3, 1500), (2, 3, 5, 7), (11, 1531))
 LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last", "expanded", "scalar")
 PORTS = ("dy",)
 OP = torch.ops.gradkernels
@@ -51,7 +51,7 @@ def test_layouts(dtype, layout):
     check_case(probe_case(randn(2, 3, 37, 41, dtype=dtype), lay_out(dy, layout)))
 
 
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 4095, 4096, 4097, 12289])
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 33, 4095, 4096, 4097, 8191, 8192, 8193, 24577])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_is_its_reference(dtype, size):
     """Every field, with zeros, NaN and infinities in each block; into a row that is not the first."""
@@ -108,6 +108,19 @@ def test_forward_without_gradients_leaves_no_probe():
         gk.probe(x, stats=stats)
     gk.probe(x, stats=stats).backward(dy)
     check_stats(stats, PORTS, {"dy": dy})
+
+
+@pytest.mark.parametrize("strides", [(64, 64, 2), (24, 1, 3)], ids=str)
+def test_strided_stats(strides):
+    """A statistics tensor that is part of a larger one: its own elements are written and no others, or it is refused."""
+    table, dy = torch.zeros(64, dtype=torch.float64), randn(3, 5)
+    stats = table.as_strided((1, 1, 8), strides)
+    try:
+        gk.probe(randn(3, 5).requires_grad_() * 1, stats=stats).backward(dy)
+    except gk.ArgumentError:
+        return
+    check_stats(stats, PORTS, {"dy": dy})
+    assert table.sum() == stats.sum()
 
 
 def test_stats_of_infinite_sums():

@@ -127,9 +127,9 @@ def test_residual_net_with_norms_is_healthy(seed: int) -> None:
     def branch() -> nn.Module:
         return nn.Sequential(gk.LayerNorm(64), nn.Linear(64, 64), gk.GELU(), nn.Linear(64, 64))
 
-    watch = trained(nn.Sequential(*(gk.Residual(branch()) for _ in range(20))), 64)
+    watch = trained(nn.Sequential(nn.Linear(64, 64), *(gk.Residual(branch()) for _ in range(20))), 64)
     sites = watch.stream()
-    assert len(sites) == 20
+    assert len(sites) == 21
     finding = slope_finding(watch.slopes(), sites[0].site, sites[-1].site)
     assert finding is None or finding.severity is Severity.NOTE
 

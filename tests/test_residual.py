@@ -26,7 +26,7 @@ import gradkernels as gk
 from gradkernels.ops.residual import PORTS, residual_bwd_reference
 from gradkernels.testing import DTYPES, check, check_stats, differentiate, lay_out, randn
 
-SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (3, 1500), (2, 3, 5, 7), (11, 1531))
+SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (8193,), (3, 1500), (2, 3, 5, 7), (11, 1531))
 LAYOUTS = (
     ("transposed", "contiguous"),
     ("contiguous", "transposed"),

@@ -1,7 +1,7 @@
 // GELU (Hendrycks and Gimpel 2016), exact and tanh form.
 //   exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
 //   tanh   y = x S(u), S the logistic function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
-// One program owns a contiguous range of elements, walked in blocks of POINTWISE_BLOCK.
+// One program owns a contiguous range of elements, walked in blocks of FOLD.
 #include <cmath>
 
 #include "gelu_tables.h"
@@ -151,8 +151,8 @@ static void gelu_fwd_range(const T* x, T* y, int64_t begin, int64_t end) {
 template <typename T, bool TANH, bool TELEMETRY>
 static void gelu_bwd_range(const T* dy_ptr, const T* x_ptr, T* dx_ptr, int64_t begin, int64_t end, Cell* cells) {
   Measure<T> measure_dy, measure_dx;
-  for (int64_t first = begin; first < end; first += POINTWISE_BLOCK) {
-    const int64_t last = std::min(end, first + POINTWISE_BLOCK);
+  for (int64_t first = begin; first < end; first += FOLD) {
+    const int64_t last = std::min(end, first + FOLD);
     int64_t k = first;
     for (; k + STEP<T> <= last; k += STEP<T>) {
       store_pair(dx_ptr + k, load_pair(dy_ptr + k) * slope_at<T, TANH>(load_pair(x_ptr + k)));

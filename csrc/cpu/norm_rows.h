@@ -168,21 +168,36 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, 
   measure.dx = measure_dx;
 }
 
+// The rows [first, last), between two folds.
+template <typename TX, typename TY, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
+static void norm_bwd_block(const NormBackward<TX, TY>& p, int64_t first, int64_t last, const NormGradients<TX>& out) {
+  NormMeasures<TX, TY> measure;
+  int64_t row = first;
+  for (; row + ROWS <= last; row += ROWS) norm_bwd_rows<TX, TY, ROWS, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
+  for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
+  if (TELEMETRY) {
+    const int64_t offset = first * p.N, count = (last - first) * p.N;
+    fold(measure.dy, p.dy + offset, count, out.cells[0]);
+    if (RESIDUAL) fold(measure.dresidual, p.dresidual + offset, count, out.cells[1]);
+    fold(measure.dx, p.dx + offset, count, out.cells[2]);
+  }
+}
+
 template <typename TX, typename TY, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
 static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, const NormGradients<TX>& out) {
-  const int64_t block = std::max(ROWS, POINTWISE_BLOCK / p.N / ROWS * ROWS);  // rows between two folds
-  NormMeasures<TX, TY> measure;
+  // Rows too long for one sum in float are measured behind the loop, while they are in the second-level cache.
+  const bool long_rows = ROWS * p.N > 2 * FOLD;
+  const int64_t block = std::max(ROWS, FOLD / std::max<int64_t>(1, p.N) / ROWS * ROWS);  // rows between two folds
   for (int64_t first = begin; first < end; first += block) {
-    const int64_t last = std::min(end, first + block);
-    int64_t row = first;
-    for (; row + ROWS <= last; row += ROWS) norm_bwd_rows<TX, TY, ROWS, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
-    for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
-    if (TELEMETRY) {
-      const int64_t offset = first * p.N, count = (last - first) * p.N;
-      fold(measure.dy, p.dy + offset, count, out.cells[0]);
-      if (RESIDUAL) fold(measure.dresidual, p.dresidual + offset, count, out.cells[1]);
-      fold(measure.dx, p.dx + offset, count, out.cells[2]);
+    const int64_t last = std::min(end, first + block), offset = first * p.N, count = (last - first) * p.N;
+    if (!TELEMETRY || !long_rows) {
+      norm_bwd_block<TX, TY, TELEMETRY, RESIDUAL, COLUMNS>(p, first, last, out);
+      continue;
     }
+    norm_bwd_block<TX, TY, false, RESIDUAL, COLUMNS>(p, first, last, out);
+    measure_array(p.dy + offset, count, out.cells[0]);
+    if (RESIDUAL) measure_array(p.dresidual + offset, count, out.cells[1]);
+    measure_array(p.dx + offset, count, out.cells[2]);
   }
 }
 

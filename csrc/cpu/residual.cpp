@@ -1,5 +1,5 @@
 // The fork of a residual connection: backward adds the gradients of the skip and of the branch, dx = dskip + dbranch.
-// One program owns a contiguous range of elements, walked in blocks of POINTWISE_BLOCK.
+// One program owns a contiguous range of elements, walked in blocks of FOLD.
 #define GK_SOURCE "residual.cpp"
 #include "each_isa.h"
 
@@ -12,8 +12,8 @@ namespace gk::GK_ISA {
 template <typename T, bool TELEMETRY>
 static void fork_range(const T* dskip_ptr, const T* dbranch_ptr, T* dx_ptr, int64_t begin, int64_t end, Cell* cells) {
   Measure<T> measure_skip, measure_branch, measure_dx;
-  for (int64_t first = begin; first < end; first += POINTWISE_BLOCK) {
-    const int64_t last = std::min(end, first + POINTWISE_BLOCK);
+  for (int64_t first = begin; first < end; first += FOLD) {
+    const int64_t last = std::min(end, first + FOLD);
     int64_t k = first;
     for (; k + STEP<T> <= last; k += STEP<T>) {
       store_pair(dx_ptr + k, load_pair(dskip_ptr + k) + load_pair(dbranch_ptr + k));

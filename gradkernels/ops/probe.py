@@ -28,9 +28,17 @@ probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
 
 
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
-    """x itself, with a hook on its gradient: no node, no view, so writing into x in place stays what it was."""
-    if stats is not None and x.requires_grad:
-        x.register_hook(lambda dy: probe_bwd(dy, stats, 0))
+    """x itself, with a hook on its gradient: no node, no view, so writing into x in place stays what it was.
+
+    A tensor that meets the same probe again (a leaf every step, a block's input when checkpointing runs the block again)
+    keeps its one hook.
+    """
+    if stats is None or not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    probes = x.__dict__.setdefault("_gradkernels_probes", [])
+    if not any(known is stats for known in probes):
+        probes.append(stats)
+        x.register_hook(lambda dy: probe_bwd(dy.detach(), stats, 0) if dy is not None else None)
     return x
 
 

@@ -59,11 +59,15 @@ def _sites(history: Sequence[Sequence[Record]]) -> list[str]:
 
 def _decades(record: Record | None, last: Record | None) -> float:
     """The colour value of a site at one step beside the last site's: clipped decades, ZERO, or NaN."""
-    if record is None or last is None or record.nonfinite_count or last.nonfinite_count or not last.norm:
+    if record is None or last is None or not _finite(record) or not _finite(last) or not last.norm:
         return math.nan
     if not record.norm:
         return ZERO
     return max(-DECADES, min(DECADES, math.log10(record.norm) - math.log10(last.norm)))
+
+
+def _finite(record: Record) -> bool:
+    return not record.nonfinite_count and math.isfinite(record.norm)
 
 
 def _name_axes(axes: object, sites: list[str], steps: int) -> None:
