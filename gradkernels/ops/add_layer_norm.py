@@ -43,7 +43,7 @@ def add_layer_norm_fwd_reference(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y in x's dtype, new_residual in residual's; the norm is of new_residual as stored."""
-    new_residual = (residual + x).to(residual.dtype)
+    new_residual = (residual + x).to(residual.dtype).contiguous()
     y, mean, rstd = layer_norm_fwd_reference(new_residual, weight, bias, num_dims, eps)
     return y.to(x.dtype), new_residual, mean, rstd
 
@@ -66,6 +66,10 @@ def add_layer_norm_bwd_reference(
         dy = torch.zeros_like(h, dtype=x_dtype)
     wide = h if h.dtype is torch.float64 else h.float()  # so that dx is rounded once, after the sum
     dx, dweight, dbias = layer_norm_bwd_reference(dy, wide, mean, rstd, weight, bias, num_dims, columns)
+    if not columns or weight is None:
+        dweight = h.new_empty(0)
+    if not columns or bias is None:
+        dbias = h.new_empty(0)
     if dnew_residual is not None:
         dx = dx + dnew_residual
     dx_narrow = dx.to(x_dtype) if x_dtype is not h.dtype else dx.new_empty(0, dtype=x_dtype)

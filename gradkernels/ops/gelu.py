@@ -38,7 +38,7 @@ def gelu_bwd_reference(dy: torch.Tensor, x: torch.Tensor, tanh: bool) -> torch.T
     else:
         density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
         slope = 0.5 * torch.special.erfc(-v * math.sqrt(0.5)) + v * density
-    return (dy.to(v.dtype) * slope).to(x.dtype)
+    return (slope * dy.to(v.dtype)).to(x.dtype)
 
 
 def gelu_fwd_fake(x: torch.Tensor, tanh: bool) -> torch.Tensor:

@@ -44,7 +44,7 @@ def layer_norm_fwd_reference(
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype), mean, rstd
+    return y.to(x.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def layer_norm_bwd_reference(
@@ -65,12 +65,12 @@ def layer_norm_bwd_reference(
     wide_dy, x_hat = widen(dy), (widen(x) - mean) * rstd
     g = wide_dy if weight is None else wide_dy * weight
     dx = rstd * (g - g.mean(dims, keepdim=True) - x_hat * (g * x_hat).mean(dims, keepdim=True))
-    dweight = dbias = x.new_empty(0)
+    dweight, dbias = x.new_empty(0), x.new_empty(0)
     if columns and weight is not None:
         dweight = (wide_dy * x_hat).sum(rows).to(weight.dtype) if rows else (wide_dy * x_hat).to(weight.dtype)
     if columns and bias is not None:
         dbias = wide_dy.sum(rows).to(bias.dtype) if rows else wide_dy.to(bias.dtype, copy=True)
-    return dx.to(x.dtype), dweight, dbias
+    return dx.to(x.dtype).contiguous(), dweight.contiguous(), dbias.contiguous()
 
 
 def layer_norm_fwd_fake(
