@@ -1,9 +1,10 @@
 """Writes gelu_tables.h: python csrc/cpu/make_gelu_tables.py > csrc/cpu/gelu_tables.h
 
 GELU is x for x > 0 and 0 elsewhere, less an even function that dies out quickly: y = max(x, 0) - r(|x|), and its slope is
-1 - s(|x|) for x > 0 and s(|x|) elsewhere. r and s are tabulated in 32 segments of width 1/4 centred on 0, 1/4, ..., 31/4, each a
-polynomial of degree 5 (for bfloat16: 3) in f = 4 |x| - segment, f in [-1/2, 1/2], through Chebyshev nodes. The last segment is zero. In the
-first, where |x| is small, the polynomial of r has no constant term, so that y keeps its relative accuracy around zero.
+1 - s(|x|) for x > 0 and s(|x|) elsewhere. r and s are tabulated in 32 segments of width 1/4 centred on 0, 1/4, ..., 31/4, each
+a polynomial of degree 5 (for bfloat16: 3) in f = 4 |x| - segment, f in [-1/2, 1/2], through Chebyshev nodes. The last segment
+is zero. In the first, where |x| is small, the polynomial of r has no constant term, so that y keeps its relative accuracy
+around zero.
 """
 
 import math
