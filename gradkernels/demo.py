@@ -229,9 +229,8 @@ def print_learned(model: torch.nn.Module, corpus: Corpus, generator: torch.Gener
         loss = float(torch.stack([cross_entropy(model, window[None]) for window in windows]).mean())
     for name, nats in (("\nValidation loss", loss), ("Entropy of the characters' frequencies", corpus.entropy)):
         print(f"{name}: {nats:.3f} nats/char, {nats / math.log(2):.3f} bits/char")
-    start = corpus.alphabet.find("\n") % len(corpus.alphabet)
-    ids = generate(model, torch.tensor([start]), 200, generator)
-    print("Sample:")
+    ids = generate(model, corpus.train[: CONTEXT // 2], 200, generator)
+    print("Sample, after the beginning of the text:")
     for line in "".join(corpus.alphabet[index] for index in ids.tolist()).split("\n"):
         visible = "".join(character if character.isprintable() else " " for character in line)
         wide = any(unicodedata.east_asian_width(character) in "WF" for character in visible)
