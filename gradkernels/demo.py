@@ -50,7 +50,8 @@ class Corpus:
 
 
 def read_text(path: str | None) -> str:
-    """The text of a file, LONGEST characters of it at most; the documentation that Python ships with where path is None.
+    """The text of a file, LONGEST characters of it at most; the documentation that Python ships with, without its
+    tables, where path is None.
 
     Raises ValueError, saying what was expected and what came, where there is no such text or fewer than SHORTEST characters.
     """
@@ -59,7 +60,8 @@ def read_text(path: str | None) -> str:
             from pydoc_data.topics import topics
         except ImportError:
             raise ValueError("expected a file, as this Python comes without its documentation, got none") from None
-        return "\n".join(topics.values())
+        lines = "\n".join(topics.values()).split("\n")
+        return "\n".join(line for line in lines if not line.lstrip().startswith(("|", "+-", "+=")))
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(LONGEST)
