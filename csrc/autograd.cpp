@@ -46,6 +46,14 @@ bool forward_mode(const Inputs&... inputs) {
   return (torch::autograd::isFwGradDefined(inputs) || ...);
 }
 
+// What a backward does: the kernel, below autograd; the differentiable composite in a backward that is itself recorded.
+template <typename Composite, typename Kernel>
+auto run_backward(const Composite& composite, const Kernel& kernel) {
+  if (at::GradMode::is_enabled()) return composite();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return kernel();
+}
+
 template <typename Signature>
 auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -72,8 +80,9 @@ struct GeluBackward : Node {
     static const auto differentiable = find<Signature>("gradkernels::gelu_bwd_differentiable");
     if (!dy[0].defined()) return {Tensor()};
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto& op = at::GradMode::is_enabled() ? differentiable : kernel;
-    return {op.call(dy[0], x.unpack(), tanh, stats)};
+    const Tensor x_saved = x.unpack();
+    return {run_backward([&] { return differentiable.call(dy[0], x_saved, tanh, stats); },
+                         [&] { return kernel.call(dy[0], x_saved, tanh, stats); })};
   }
 };
 
@@ -118,10 +127,10 @@ struct LayerNormBackward : Node {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto w = optional(weight.unpack()), b = optional(bias.unpack());
     const bool columns = task_should_compute_output(1) || task_should_compute_output(2);
+    const Tensor x_saved = x.unpack();
     const auto [dx, dweight, dbias] =
-        at::GradMode::is_enabled()
-            ? differentiable.call(dy[0], x.unpack(), w, b, num_dims, eps, columns, stats)
-            : kernel.call(dy[0], x.unpack(), mean.unpack(), rstd.unpack(), w, b, num_dims, columns, stats);
+        run_backward([&] { return differentiable.call(dy[0], x_saved, w, b, num_dims, eps, columns, stats); },
+                     [&] { return kernel.call(dy[0], x_saved, mean.unpack(), rstd.unpack(), w, b, num_dims, columns, stats); });
     return {dx, w && columns ? dweight : Tensor(), b && columns ? dbias : Tensor()};
   }
 };
@@ -181,10 +190,11 @@ struct AddLayerNormBackward : Node {
     const auto w = optional(weight.unpack()), b = optional(bias.unpack());
     const Tensor h = new_residual.unpack(getptr());
     const bool columns = task_should_compute_output(2) || task_should_compute_output(3);
-    const auto [dx, dx_narrow, dweight, dbias] =
-        at::GradMode::is_enabled()
-            ? differentiable.call(dy, dnew_residual, h, w, b, num_dims, eps, x_dtype, columns, stats)
-            : kernel.call(dy, dnew_residual, h, mean.unpack(), rstd.unpack(), w, b, num_dims, x_dtype, columns, stats);
+    const auto [dx, dx_narrow, dweight, dbias] = run_backward(
+        [&] { return differentiable.call(dy, dnew_residual, h, w, b, num_dims, eps, x_dtype, columns, stats); },
+        [&] {
+          return kernel.call(dy, dnew_residual, h, mean.unpack(), rstd.unpack(), w, b, num_dims, x_dtype, columns, stats);
+        });
     const bool narrow = x_dtype != h.scalar_type();
     return {narrow ? dx_narrow : dx, dx, w && columns ? dweight : Tensor(), b && columns ? dbias : Tensor()};
   }
@@ -229,8 +239,9 @@ struct ResidualBackward : Node {
     static const auto kernel = find<Signature>("gradkernels::residual_bwd");
     static const auto differentiable = find<Signature>("gradkernels::residual_bwd_differentiable");
     if (!gradients[0].defined() && !gradients[1].defined()) return {Tensor()};
-    const auto& op = at::GradMode::is_enabled() ? differentiable : kernel;
-    return {op.call(optional(gradients[0]), optional(gradients[1]), stats)};
+    const auto dskip = optional(gradients[0]), dbranch = optional(gradients[1]);
+    return {run_backward([&] { return differentiable.call(dskip, dbranch, stats); },
+                         [&] { return kernel.call(dskip, dbranch, stats); })};
   }
 };
 

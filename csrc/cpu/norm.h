@@ -39,10 +39,25 @@ inline int64_t num_columns(const Tensor& x, int64_t num_dims) {
 // dweight and dbias accumulate in float32, in float64 for float64 tensors.
 inline at::ScalarType accumulator_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+// A contiguous row of N numbers in another dtype. A loop: at small sizes a call of Tensor::to would cost more than the norm.
+inline Tensor converted(const Tensor& any, at::ScalarType dtype) {
+  const Tensor source = any.contiguous();
+  if (source.scalar_type() == dtype) return source;
+  Tensor result = at::empty(source.sizes(), source.options().dtype(dtype));
+  GK_DISPATCH(source.scalar_type(), "norm", [&] {
+    const auto* from = source.const_data_ptr<scalar_t>();
+    GK_DISPATCH(dtype, "norm", [&] {
+      auto* to = result.mutable_data_ptr<scalar_t>();
+      for (int64_t k = 0; k < source.numel(); ++k) to[k] = static_cast<scalar_t>(from[k]);
+    });
+  });
+  return result;
+}
+
 // A contiguous weight or bias in the accumulator's dtype; `otherwise` in every column where there is none.
 inline Tensor column_factor(const OptionalTensor& values, int64_t N, const Tensor& x, double otherwise) {
   const auto dtype = accumulator_dtype(x);
-  if (values) return values->to(dtype).contiguous();
+  if (values) return converted(*values, dtype);
   return otherwise == 0 ? at::zeros({N}, x.options().dtype(dtype)) : at::ones({N}, x.options().dtype(dtype));
 }
 
@@ -82,7 +97,7 @@ class ColumnSums {
   Tensor finish_one(const Tensor& total, const OptionalTensor& parameter, const OptionalTensor& stats, int64_t port,
                     const Tensor& x) {
     if (!wanted_ || !parameter) return at::empty({0}, x.options());
-    Tensor gradient = total.to(parameter->scalar_type());
+    Tensor gradient = converted(total, parameter->scalar_type());
     if (stats) measure(gradient, *stats, port);
     return gradient;
   }
