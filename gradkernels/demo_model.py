@@ -67,7 +67,9 @@ def block(layers: Layers) -> nn.Sequential:
 class CharacterTransformer(nn.Module):
     """Logits of the next character: (batch, time) of ids to (batch, time, vocabulary), time at most CONTEXT.
 
-    Weights are drawn as in GPT-2: normal, those that write into the residual stream smaller by sqrt(2 LAYERS).
+    Weights are normal, those that write into the residual stream smaller by sqrt(2 LAYERS) as in GPT-2. The standard
+    deviations are larger than GPT-2's 0.02, with which this small stream starts so low that its gradient grows by 1.7 to 2.1
+    decades toward the input: such a run learns too, and the slope rule warns about it.
     """
 
     def __init__(self, vocabulary: int, layers: Layers = FUSED) -> None:

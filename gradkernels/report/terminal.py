@@ -20,13 +20,12 @@ BAR = 16  # characters for 8 decades, -4 to +4
 def verdict(slopes: list[float | None], stream: list[Record]) -> str:
     """One or two lines: the finding of the slope rule, or that there is none."""
     if len(stream) < 2 or not slopes or slopes[-1] is None:
-        return "No verdict: dL/dh was measured at fewer than two depths, or is zero at the last."
+        return "No verdict: dL/dh was measured at fewer than two depths, or is zero or not finite at the last."
     first, last = stream[0].site, stream[-1].site
     finding = slope_finding(slopes, first, last)
     number = f"dL/dh slope {slopes[-1]:+.2f} decades from {last} back to {first}"
     if finding is None:
-        waiting = "" if len(slopes) >= PERSISTENCE else f" (a verdict takes {PERSISTENCE} steps)"
-        return f"No finding: {number}{waiting}."
+        return f"No finding: {number}." if len(slopes) >= PERSISTENCE else f"No verdict before step {PERSISTENCE}: {number}."
     lines = [f"{finding.code} ({finding.severity.name.lower()}) since step {finding.since_step}: {number}."]
     return "\n".join([*lines, f"Try: {finding.advice}."])
 
@@ -50,7 +49,12 @@ def table(watch: Watch) -> str:
         head += f", loss {float(watch.loss):.4f}"
     if watch.learning_rate is not None:
         head += f", lr {float(watch.learning_rate):.2e}"
-    lines = [head, verdict(watch.slopes(), stream), ""]
+    lines = [head, verdict(watch.slopes(), stream)]
+    bad = [record for _, record in rows if record.nonfinite_count]
+    if bad:  # the backward pass runs from the last site to the first
+        count = sum(record.nonfinite_count for record in bad)
+        lines.append(f"NaN or infinite: {count} gradient elements; the backward pass met them first at {bad[-1].site}.")
+    lines.append("")
     lines.append(f"{'site':<32}{'|dL/dy|':>9}{'|dL/dx|':>9}{'zero':>6}{'bad':>6} {'-4  decades   +4':<{BAR + 1}}".rstrip())
     for _, group in groupby(rows, key=lambda row: id(row[0])):
         lines.append(_line([record for _, record in group], reference))
