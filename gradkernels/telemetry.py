@@ -29,6 +29,7 @@ FIELDS = (
 )
 ABS_MAX = FIELDS.index("abs_max")
 SCALE = 2.0**537
+NUM_CELLS = 1024  # of a row on a GPU, one for each program that may run: four an SM and more
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def record_of(site: str, port: str, row: Sequence[float]) -> Record:
 
 
 def new_stats(num_ports: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An empty statistics tensor: zeros, float64, (num_ports, 1, len(FIELDS))."""
-    return torch.zeros(num_ports, 1, len(FIELDS), dtype=torch.float64, device=device)
+    """An empty statistics tensor: zeros, float64, (num_ports, cells, len(FIELDS)); 1 cell on a CPU, NUM_CELLS elsewhere."""
+    cells = 1 if torch.device(device).type == "cpu" else NUM_CELLS
+    return torch.zeros(num_ports, cells, len(FIELDS), dtype=torch.float64, device=device)
 
 
 def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str, ...]) -> None:

@@ -1,0 +1,20 @@
+"""The kernels for GPUs, in Triton: one file an op, registered where the device is one that Triton compiles for.
+
+Imported by gradkernels where torch was built for CUDA or ROCm and triton is installed; nothing else needs it.
+"""
+
+from gradkernels.library import implement
+from gradkernels.triton import add_layer_norm, gelu, layer_norm, probe, residual
+
+for op, kernel in {
+    "gelu_fwd": gelu.gelu_fwd,
+    "gelu_bwd": gelu.gelu_bwd,
+    "layer_norm_fwd": layer_norm.layer_norm_fwd,
+    "layer_norm_bwd": layer_norm.layer_norm_bwd,
+    "add_layer_norm_fwd": add_layer_norm.add_layer_norm_fwd,
+    "add_layer_norm_bwd": add_layer_norm.add_layer_norm_bwd,
+    "residual_bwd": residual.residual_bwd,
+    "probe_bwd": probe.probe_bwd,
+    "fold": probe.fold,
+}.items():
+    implement(op, kernel)

@@ -1,0 +1,141 @@
+"""GELU on a GPU. One program walks blocks of consecutive elements; the formulas are those of csrc/cpu/gelu.cpp.
+
+exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
+tanh   y = x S(u), S the logistic function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gradkernels.triton.launch import laid_out_as, pointwise
+from gradkernels.triton.reduce import accumulator, new_row, observe, record_flat
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tail(x, r, BITS: tl.constexpr):
+    """P(-|x|) e^(x^2/2) as a polynomial in r = 1 / (1 + a |x|), a minimax fit for |x| < 7, beyond which P(-|x|) < 2e-12.
+
+    The relative error is 5.7e-8 for float32 and 4.9e-6, a hundredth of the rounding of y, for 16-bit dtypes.
+    """
+    if BITS == 16:
+        q = r * -0.10488727 + 0.299105094
+        q = q * r - 0.0108203922
+        q = q * r + 0.184001457
+        q = q * r + 0.132082481
+        q = q * r + 0.000516185542
+    else:
+        q = r * -0.100039705 + 0.381887093
+        q = q * r - 0.347370391
+        q = q * r + 0.367775775
+        q = q * r - 0.0293740845
+        q = q * r + 0.131760814
+        q = q * r + 0.0950687213
+        q = q * r + 0.000291748911
+    return q
+
+
+@triton.jit
+def normal(x, BITS: tl.constexpr):
+    """(P(x), P(x) + x p(x)) of a standard normal, one exponential and one reciprocal root for both.
+
+    With e = e^(-x^2/2), P(-|x|) = e q and p(x) = c e: so the slope is e (q - c |x|) on the left and 1 minus that on the
+    right. 1 / w is taken as rsqrt(w^2), a single instruction where a division is six.
+    """
+    if x.dtype == tl.float64:
+        value = 0.5 * (1.0 + tl.erf(x * 0.70710678118654752440))
+        slope = value + x * (tl.exp(-0.5 * x * x) * 0.39894228040143267794)
+    else:
+        w = tl.abs(x) * (0.35 if BITS == 16 else 0.25) + 1.0
+        q = tail(x, tl.rsqrt(w * w), BITS)
+        e = tl.exp2(x * (x * (-0.5 * LOG2_E)))
+        left, left_slope = e * q, e * (q - tl.abs(x) * 0.3989422804)
+        value = tl.where(x > 0, 1.0 - left, left)
+        slope = tl.where(x > 0, 1.0 - left_slope, left_slope)
+    return value, slope
+
+
+@triton.jit
+def logistic(x):
+    """(S(u), S + x S (1 - S) u') at u = u(x). S is 0 or 1 to rounding beyond the limit, where x leaves the second term."""
+    limit: tl.constexpr = 30.0 if x.dtype == tl.float64 else 11.0
+    x = tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    square = x * x
+    u = x * (square * 0.07135481627260025 + 1.5957691216057308)
+    if x.dtype == tl.float64:
+        e = tl.exp(-u)
+        s = 1.0 / (1.0 + e)
+    else:
+        e = tl.exp2(u * -LOG2_E)
+        s = tl.rsqrt((1.0 + e) * (1.0 + e))  # 0 where the square overflows: there S < 2^-63
+    return s, s + x * (tl.minimum(e, 1e18) * s * s) * (square * 0.21406444881780073 + 1.5957691216057308)
+
+
+@triton.jit(do_not_specialize=["num_vectors", "num_cells"])
+def gelu_fwd_kernel(
+    x_ptr,
+    y_ptr,
+    num_vectors,
+    stats_ptr,
+    num_cells,
+    TANH: tl.constexpr,
+    TELEMETRY: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = x P(x) or x S(u). Grid: one program a block. There is nothing to measure in a forward."""
+    numel = num_vectors.to(tl.int64) * VECTOR
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    x = tl.load(x_ptr + offsets, mask, other=0.0).to(accumulator(x_ptr.dtype.element_ty))
+    value, _ = logistic(x) if TANH else normal(x, x_ptr.dtype.element_ty.primitive_bitwidth)
+    tl.store(y_ptr + offsets, (x * value).to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["num_vectors", "num_cells"])
+def gelu_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    num_vectors,
+    stats_ptr,
+    num_cells,
+    TANH: tl.constexpr,
+    TELEMETRY: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx = dy times the derivative at x. Grid: programs walk the blocks in turns; without statistics one program a block."""
+    dtype: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    numel = num_vectors.to(tl.int64) * VECTOR
+    dy_row, dx_row = new_row(BLOCK, dtype), new_row(BLOCK, dtype)
+    for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < numel
+        x = tl.load(x_ptr + offsets, mask, other=0.0).to(dtype)
+        dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(dtype)
+        _, slope = logistic(x) if TANH else normal(x, x_ptr.dtype.element_ty.primitive_bitwidth)
+        dx = (dy * slope).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offsets, dx, mask)
+        if TELEMETRY:
+            dy_row = observe(dy_row, dy)
+            dx_row = observe(dx_row, dx.to(dtype))
+    if TELEMETRY:
+        record_flat(dy_row, stats_ptr, 0, num_cells, dy_ptr, numel, BLOCK)
+        record_flat(dx_row, stats_ptr, 1, num_cells, dx_ptr, numel, BLOCK)
+
+
+def gelu_fwd(x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    """y, with x's shape, dtype and strides. One launch."""
+    y = torch.empty_like(x)
+    pointwise(gelu_fwd_kernel, y, None, laid_out_as(y, x), y, TANH=tanh)
+    return y
+
+
+def gelu_bwd(dy: torch.Tensor, x: torch.Tensor, tanh: bool, stats: torch.Tensor | None) -> torch.Tensor:
+    """dx, with x's shape, dtype and strides; the statistics of dy and dx. One launch."""
+    dx = torch.empty_like(x)
+    pointwise(gelu_bwd_kernel, dx, stats, laid_out_as(dx, dy), laid_out_as(dx, x), dx, TANH=tanh)
+    return dx

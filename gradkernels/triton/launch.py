@@ -1,0 +1,64 @@
+"""How kernels are launched: layouts, numbers of programs, and the way into torch.compile's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from gradkernels.telemetry import NUM_CELLS
+
+THREADS = 256  # a program of a pointwise kernel
+VECTOR_BYTES = 16  # one access
+PROGRAMS_PER_SM = 4  # with statistics: as many programs as are resident, so that each adds to its cell once
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs the kernel on the current stream of the current device; visible to torch.compile where that is tracing."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        kernel = torch.library.wrap_triton(kernel)
+    kernel[grid](*args, **options)
+
+
+def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """`t` with the strides of the dense tensor `model`, so that both can be walked as flat arrays: itself, or a copy."""
+    return t if t.stride() == model.stride() else torch.empty_like(model).copy_(t)
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the device; 2 for the CPU, where kernels are only ever interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def num_cells(stats: torch.Tensor | None) -> int:
+    """The cells of a row: no more programs than that may run with statistics."""
+    return NUM_CELLS if stats is None else stats.shape[1]
+
+
+def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: Any, **constants: Any) -> None:
+    """Launches a pointwise kernel(*args, num_vectors, [stats, num_cells], ...) over the elements of the dense tensor `t`.
+
+    Two accesses of 16 bytes a thread and tensor; one element at a time where their number is not a multiple of eight.
+    Without statistics a program owns one block; with them every resident program walks blocks in turns.
+    """
+    block = THREADS * 2 * VECTOR_BYTES // t.element_size()
+    vector = 8 if t.numel() % 8 == 0 else 1
+    num_programs = -(-t.numel() // block)
+    if stats is not None:
+        num_programs = min(num_programs, PROGRAMS_PER_SM * num_sms(t.device), num_cells(stats))
+    launch(
+        kernel,
+        (max(1, num_programs),),
+        *args,
+        t.numel() // vector,
+        stats,
+        num_cells(stats),
+        **constants,
+        TELEMETRY=stats is not None,
+        VECTOR=vector,
+        BLOCK=block,
+        num_warps=THREADS // 32,
+    )

@@ -1,0 +1,61 @@
+"""A probe on a GPU: one read of the gradient, nothing written but its statistics. Also the fold of a table's cells."""
+
+import torch
+import triton
+import triton.language as tl
+
+from gradkernels.telemetry import ABS_MAX
+from gradkernels.triton.launch import laid_out_as, launch, pointwise
+from gradkernels.triton.reduce import NUM_FIELDS, accumulator, new_row, observe, record_flat
+
+
+@triton.jit(do_not_specialize=["num_vectors", "num_cells", "port"])
+def probe_bwd_kernel(
+    dy_ptr,
+    port,
+    num_vectors,
+    stats_ptr,
+    num_cells,
+    TELEMETRY: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row `port` of the statistics. Grid: programs walk the blocks in turns."""
+    dtype: tl.constexpr = accumulator(dy_ptr.dtype.element_ty)
+    numel = num_vectors.to(tl.int64) * VECTOR
+    row = new_row(BLOCK, dtype)
+    for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        row = observe(row, tl.load(dy_ptr + offsets, offsets < numel, other=0.0).to(dtype))
+    record_flat(row, stats_ptr, port, num_cells, dy_ptr, numel, BLOCK)
+
+
+@triton.jit(do_not_specialize=["num_cells"])
+def fold_kernel(stats_ptr, rows_ptr, num_cells, ABS_MAX: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[r] = the merge of row r's cells, which are then zero. Grid: one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    field = tl.arange(0, NUM_FIELDS)
+    sums, peaks = tl.zeros([BLOCK, NUM_FIELDS], tl.float64), tl.zeros([BLOCK, NUM_FIELDS], tl.float64)
+    for first in range(0, num_cells, BLOCK):
+        cells = first + tl.arange(0, BLOCK)
+        pointers = stats_ptr + (row * num_cells + cells)[:, None] * NUM_FIELDS + field[None, :]
+        mask = (cells < num_cells)[:, None]
+        values = tl.load(pointers, mask, other=0.0)
+        tl.store(pointers, tl.zeros_like(values), mask)
+        sums, peaks = sums + values, tl.maximum(peaks, values)
+    tl.store(rows_ptr + row * NUM_FIELDS + field, tl.where(field == ABS_MAX, tl.max(peaks, 0), tl.sum(sums, 0)))
+
+
+def probe_bwd(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
+    """Adds the statistics of dy to row `port`. One launch."""
+    dy = dy if dy.is_contiguous() else laid_out_as(torch.empty_like(dy), dy)
+    pointwise(probe_bwd_kernel, dy, stats, dy, port)
+
+
+def fold(stats: torch.Tensor) -> torch.Tensor:
+    """The rows of a table, (ports, fields); its cells are zero afterwards. One launch."""
+    num_rows, num_cells, num_fields = stats.shape
+    rows = stats.new_empty(num_rows, num_fields)
+    if num_rows:
+        launch(fold_kernel, (num_rows,), stats, rows, num_cells, ABS_MAX=ABS_MAX, BLOCK=64, num_warps=4)
+    return rows

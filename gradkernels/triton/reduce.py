@@ -1,0 +1,153 @@
+"""Statistics inside a kernel: a row forms in registers while the gradient does, and goes to the program's cell once.
+
+A row in registers is (square sum, peak, count of nonzero elements), each over a few slots a thread. That is all the hot
+loop pays for. Whether it was enough is seen at the end: where the square sum overflowed, may have underflowed, or holds a
+NaN or an infinity, the program reads its part of the gradient again and counts exactly, in float64. So a finite gradient
+of ordinary size costs five instructions an element and no pass, and every other one is still counted right.
+"""
+
+import triton
+import triton.language as tl
+
+from gradkernels.telemetry import FIELDS
+
+NUM_FIELDS = tl.constexpr(len(FIELDS))
+LANES = tl.constexpr(8)  # elements that one slot sums up, all of them one thread's
+# Between these peaks no square over- or underflows enough to be seen in the sum of a program's elements.
+LOWEST_PEAK, HIGHEST_PEAK = tl.constexpr(2.0**-52), tl.constexpr(2.0**50)
+LOWEST_PEAK_DOUBLE, HIGHEST_PEAK_DOUBLE = tl.constexpr(2.0**-480), tl.constexpr(2.0**480)
+SCALE, INVERSE_SCALE = tl.constexpr(2.0**537), tl.constexpr(2.0**-537)  # telemetry.SCALE
+
+
+@triton.constexpr_function
+def accumulator(dtype):
+    """What a tensor of `dtype` is computed and summed in: float32, and float64 for float64."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.jit
+def new_row(BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """An empty row for tiles of BLOCK elements."""
+    zeros = tl.zeros([BLOCK // LANES], dtype)
+    return zeros, zeros, zeros
+
+
+@triton.jit
+def observe(row, v):
+    """The row with tile `v` (as stored, in the accumulator's dtype) added; masked elements must be 0."""
+    square_sum, peak, nonzero = row
+    lanes = tl.reshape(v, [v.numel // LANES, LANES])
+    square_sum += tl.sum(lanes * lanes, 1)
+    peak = tl.maximum(peak, tl.max(tl.abs(lanes), 1))
+    nonzero += tl.sum(tl.where(tl.abs(lanes) > 0, 1.0, 0.0).to(lanes.dtype), 1)  # one FSET; exact up to 2^24 a slot
+    return square_sum, peak, nonzero
+
+
+@triton.jit
+def total(row, numel):
+    """(fields, whether they can be trusted) of a row that saw `numel` elements; fields as `add_to_cell` takes them."""
+    square_sum, peak, nonzero = row
+    lowest: tl.constexpr = LOWEST_PEAK_DOUBLE if peak.dtype == tl.float64 else LOWEST_PEAK
+    highest: tl.constexpr = HIGHEST_PEAK_DOUBLE if peak.dtype == tl.float64 else HIGHEST_PEAK
+    squares = tl.sum(square_sum.to(tl.float64), 0)
+    largest = tl.max(peak, 0).to(tl.float64)
+    zeros = numel.to(tl.float64) - tl.sum(nonzero.to(tl.float64), 0)
+    in_range = (largest >= lowest) & (largest <= highest)
+    trusted = (squares < float("inf")) & (in_range | (largest == 0.0))
+    nothing = squares * 0.0
+    return (squares, nothing, nothing, largest, nothing, zeros), trusted
+
+
+@triton.jit
+def no_fields():
+    """The fields of no elements."""
+    nothing = tl.program_id(0).to(tl.float64) * 0.0
+    return nothing, nothing, nothing, nothing, nothing, nothing
+
+
+@triton.jit
+def count_exactly(fields, v, mask):
+    """The fields with tile `v` (any dtype, any values) added, element by element, in float64."""
+    middle, tiny, huge, peak, nonfinite, zeros = fields
+    magnitude = tl.abs(v.to(tl.float64))
+    finite = magnitude < float("inf")
+    nonfinite += tl.sum((mask & (finite == 0)).to(tl.float64).ravel(), 0)
+    zeros += tl.sum((mask & (magnitude == 0)).to(tl.float64).ravel(), 0)
+    magnitude = tl.where(mask & finite, magnitude, 0.0)
+    peak = tl.maximum(peak, tl.max(magnitude.ravel(), 0))
+    if v.dtype == tl.float64:
+        is_tiny, is_huge = magnitude < LOWEST_PEAK_DOUBLE, magnitude > HIGHEST_PEAK_DOUBLE
+        scaled_up = tl.where(is_tiny, magnitude * SCALE, 0.0)
+        scaled_down = tl.where(is_huge, magnitude * INVERSE_SCALE, 0.0)
+        tiny += tl.sum((scaled_up * scaled_up).ravel(), 0)
+        huge += tl.sum((scaled_down * scaled_down).ravel(), 0)
+        magnitude = tl.where(is_tiny | is_huge, 0.0, magnitude)
+    middle += tl.sum((magnitude * magnitude).ravel(), 0)
+    return middle, tiny, huge, peak, nonfinite, zeros
+
+
+@triton.jit
+def add_to_cell(stats_ptr, port, cell, num_cells, numel, fields):
+    """Adds a program's fields to its cell of row `port`; the first program counts the call."""
+    middle, tiny, huge, peak, nonfinite, zeros = fields
+    field = tl.arange(0, NUM_FIELDS)
+    pointers = stats_ptr + (port * num_cells + cell) * NUM_FIELDS + field
+    old = tl.load(pointers)
+    observations = (cell == 0).to(tl.float64)
+    value = tl.where(field == 0, numel.to(tl.float64), tl.where(field == 1, observations, middle))
+    value = tl.where(field == 3, tiny, tl.where(field == 4, huge, value))
+    value = tl.where(field == 6, nonfinite, tl.where(field == 7, zeros, value))
+    tl.store(pointers, tl.where(field == 5, tl.maximum(old, peak), old + value))
+
+
+@triton.jit
+def my_share(num_items, BLOCK: tl.constexpr):
+    """How many of `num_items` items this program saw, when all programs walk blocks of them in turns."""
+    program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    num_blocks = tl.cdiv(num_items, BLOCK)
+    turns = tl.cdiv(num_blocks - program, num_programs)
+    has_last = program + (turns - 1) * num_programs == num_blocks - 1
+    return turns * BLOCK - tl.where(has_last, num_blocks * BLOCK - num_items, 0)
+
+
+@triton.jit
+def record_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.constexpr):
+    """Puts the row of a flat tensor, walked in blocks by all programs in turns, into this program's cell."""
+    program, seen = tl.program_id(0).to(tl.int64), my_share(numel, BLOCK)
+    fields, trusted = total(row, seen)
+    if not trusted:
+        tl.debug_barrier()
+        fields = no_fields()
+        for block in range(program, tl.cdiv(numel, BLOCK), tl.num_programs(0)):
+            offsets = block * BLOCK + tl.arange(0, BLOCK)
+            mask = offsets < numel
+            fields = count_exactly(fields, tl.load(ptr + offsets, mask, other=0.0), mask)
+    add_to_cell(stats_ptr, port, program, num_cells, seen, fields)
+
+
+@triton.jit
+def record_rows(
+    row,
+    stats_ptr,
+    port,
+    num_cells,
+    ptr,
+    stride,
+    num_rows,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """record_flat for rows of N elements, `stride` apart, walked BLOCK_M rows at a time by all programs in turns."""
+    program, seen = tl.program_id(0).to(tl.int64), my_share(num_rows, BLOCK_M) * N
+    fields, trusted = total(row, seen)
+    if not trusted:
+        tl.debug_barrier()
+        fields = no_fields()
+        for block in range(program, tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
+            rows = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+            for first in range(0, N, BLOCK_N):
+                cols = first + tl.arange(0, BLOCK_N)[None, :]
+                mask = (rows < num_rows) & (cols < N)
+                fields = count_exactly(fields, tl.load(ptr + rows * stride + cols, mask, other=0.0), mask)
+    add_to_cell(stats_ptr, port, program, num_cells, seen, fields)

@@ -1,0 +1,60 @@
+"""The residual connection on a GPU: the sum at the fork, dx = dskip + dbranch. A program walks blocks of elements."""
+
+import torch
+import triton
+import triton.language as tl
+
+from gradkernels.triton.launch import laid_out_as, pointwise
+from gradkernels.triton.reduce import accumulator, new_row, observe, record_flat
+
+
+@triton.jit(do_not_specialize=["num_vectors", "num_cells"])
+def residual_bwd_kernel(
+    dskip_ptr,
+    dbranch_ptr,
+    dx_ptr,
+    num_vectors,
+    stats_ptr,
+    num_cells,
+    TELEMETRY: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx = dskip + dbranch, either of which may be absent. Grid: as gelu_bwd_kernel's."""
+    HAS_DSKIP: tl.constexpr = dskip_ptr is not None
+    HAS_DBRANCH: tl.constexpr = dbranch_ptr is not None
+    dtype: tl.constexpr = accumulator(dx_ptr.dtype.element_ty)
+    numel = num_vectors.to(tl.int64) * VECTOR
+    dskip_row, dbranch_row, dx_row = new_row(BLOCK, dtype), new_row(BLOCK, dtype), new_row(BLOCK, dtype)
+    for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < numel
+        wide = tl.zeros([BLOCK], dtype)
+        if HAS_DSKIP:
+            dskip = tl.load(dskip_ptr + offsets, mask, other=0.0).to(dtype)
+            wide = dskip
+            if TELEMETRY:
+                dskip_row = observe(dskip_row, dskip)
+        if HAS_DBRANCH:
+            dbranch = tl.load(dbranch_ptr + offsets, mask, other=0.0).to(dtype)
+            wide = wide + dbranch if HAS_DSKIP else dbranch
+            if TELEMETRY:
+                dbranch_row = observe(dbranch_row, dbranch)
+        dx = wide.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offsets, dx, mask)
+        if TELEMETRY:
+            dx_row = observe(dx_row, dx.to(dtype))
+    if TELEMETRY:
+        if HAS_DSKIP:
+            record_flat(dskip_row, stats_ptr, 0, num_cells, dskip_ptr, numel, BLOCK)
+        if HAS_DBRANCH:
+            record_flat(dbranch_row, stats_ptr, 1, num_cells, dbranch_ptr, numel, BLOCK)
+        record_flat(dx_row, stats_ptr, 2, num_cells, dx_ptr, numel, BLOCK)
+
+
+def residual_bwd(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats: torch.Tensor | None) -> torch.Tensor:
+    """dx, with the shape, dtype and strides of dskip, or of dbranch where that is all there is. One launch."""
+    dx = torch.empty_like(dbranch if dskip is None else dskip)
+    inputs = [t if t is None else laid_out_as(dx, t) for t in (dskip, dbranch)]
+    pointwise(residual_bwd_kernel, dx, stats, *inputs, dx)
+    return dx
