@@ -61,6 +61,11 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
+def implement(op: str, kernel: Callable) -> None:
+    """Makes `kernel` what runs for `op` on CUDA devices (ROCm's too)."""
+    LIBRARY.impl(op, kernel, "CUDA")
+
+
 def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:
     """An op made of other ops, differentiable as they are, always in Python."""
     op = define(schema)

@@ -5,15 +5,28 @@ from __future__ import annotations
 import torch
 
 from gradkernels.library import FLOATS, define_composite, define_kernel
-from gradkernels.telemetry import check_stats, measure_reference
+from gradkernels.telemetry import check_stats, measure_reference, merge_cells
 
 PORTS = ("dy",)
 SCHEMA = "probe(Tensor(a) x, Tensor? stats) -> Tensor(a)"
 SCHEMA_BWD = "probe_bwd(Tensor dy, Tensor(a!) stats, int port) -> ()"
+SCHEMA_FOLD = "fold(Tensor(a!) stats) -> Tensor"
 
 
 def probe_bwd_fake(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
     """Nothing comes out."""
+
+
+def fold_reference(stats: torch.Tensor) -> torch.Tensor:
+    """The rows of a table, (..., cells, fields) -> (..., fields); its cells are zero afterwards."""
+    rows = merge_cells(stats)
+    stats.zero_()
+    return rows
+
+
+def fold_fake(stats: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows."""
+    return stats.new_empty(*stats.shape[:-2], stats.shape[-1])
 
 
 def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
@@ -25,6 +38,7 @@ def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None
 
 
 probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
+fold = define_kernel(SCHEMA_FOLD, fold_reference, fold_fake)
 
 
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import laid_out_as, pointwise
-from gradkernels.triton.reduce import accumulator, new_row, observe, record_flat
+from gradkernels.triton.reduce import accumulator, lanes_of, new_row, observe, record_flat
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -61,7 +61,7 @@ def normal(x, BITS: tl.constexpr):
 def logistic(x):
     """(S(u), S + x S (1 - S) u') at u = u(x). S is 0 or 1 to rounding beyond the limit, where x leaves the second term."""
     limit: tl.constexpr = 30.0 if x.dtype == tl.float64 else 11.0
-    x = tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))  # NaN stays NaN
     square = x * x
     u = x * (square * 0.07135481627260025 + 1.5957691216057308)
     if x.dtype == tl.float64:
@@ -84,6 +84,7 @@ def gelu_fwd_kernel(
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """y = x P(x) or x S(u). Grid: one program a block. There is nothing to measure in a forward."""
     numel = num_vectors.to(tl.int64) * VECTOR
@@ -106,11 +107,13 @@ def gelu_bwd_kernel(
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """dx = dy times the derivative at x. Grid: programs walk the blocks in turns; without statistics one program a block."""
     dtype: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    LANES: tl.constexpr = lanes_of(x_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    dy_row, dx_row = new_row(BLOCK, dtype), new_row(BLOCK, dtype)
+    dy_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
@@ -120,8 +123,8 @@ def gelu_bwd_kernel(
         dx = (dy * slope).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
-            dy_row = observe(dy_row, dy)
-            dx_row = observe(dx_row, dx.to(dtype))
+            dy_row = observe(dy_row, dy, LANES)
+            dx_row = observe(dx_row, dx.to(dtype), LANES)
     if TELEMETRY:
         record_flat(dy_row, stats_ptr, 0, num_cells, dy_ptr, numel, BLOCK)
         record_flat(dx_row, stats_ptr, 1, num_cells, dx_ptr, numel, BLOCK)

@@ -12,14 +12,20 @@ from gradkernels.telemetry import NUM_CELLS
 
 THREADS = 256  # a program of a pointwise kernel
 VECTOR_BYTES = 16  # one access
-PROGRAMS_PER_SM = 4  # with statistics: as many programs as are resident, so that each adds to its cell once
+REGISTERS = 64  # with statistics, a thread, so that four programs are resident an SM
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs the kernel on the current stream of the current device; visible to torch.compile where that is tracing."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](*args, **options)
+    """Runs the kernel on the current stream of the current device; visible to torch.compile where that is tracing.
+
+    A multiplication and an addition become one instruction, as everywhere in CUDA; Triton 3.10 no longer does so unasked.
+    """
+    prepared(kernel)[grid](*args, **options, enable_fp_fusion=True)
+
+
+def prepared(kernel: Any) -> Any:
+    """The kernel, or what stands for it in a graph that is being traced."""
+    return torch.library.wrap_triton(kernel) if torch._C._len_torch_dispatch_stack() > 0 else kernel
 
 
 def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -31,6 +37,16 @@ def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of the device; 2 for the CPU, where kernels are only ever interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def registers(count: int) -> dict[str, int]:
+    """The option that holds a thread to `count` registers, which is NVIDIA's."""
+    return {} if torch.version.hip else {"maxnreg": count}
+
+
+def resident(num_warps: int, registers: int) -> int:
+    """Programs of `num_warps` warps that an SM's 65,536 registers hold."""
+    return max(1, 65536 // (32 * num_warps * registers))
 
 
 def num_cells(stats: torch.Tensor | None) -> int:
@@ -47,8 +63,10 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
     block = THREADS * 2 * VECTOR_BYTES // t.element_size()
     vector = 8 if t.numel() % 8 == 0 else 1
     num_programs = -(-t.numel() // block)
+    cap = {}
     if stats is not None:
-        num_programs = min(num_programs, PROGRAMS_PER_SM * num_sms(t.device), num_cells(stats))
+        num_programs = min(num_programs, resident(THREADS // 32, REGISTERS) * num_sms(t.device), num_cells(stats))
+        cap = registers(REGISTERS if t.element_size() < 8 else 2 * REGISTERS)
     launch(
         kernel,
         (max(1, num_programs),),
@@ -60,5 +78,7 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
         TELEMETRY=stats is not None,
         VECTOR=vector,
         BLOCK=block,
+        SLOTS=THREADS,
         num_warps=THREADS // 32,
+        **cap,
     )

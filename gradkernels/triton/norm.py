@@ -10,7 +10,7 @@ are constants of a model and of a kernel; M is neither. A row in front of `recor
 import triton
 import triton.language as tl
 
-from gradkernels.triton.reduce import accumulator, count_exactly, add_to_cell, new_row, no_fields, observe, record_rows
+from gradkernels.triton.reduce import add_to_cell, count_exactly, lanes_of, new_row, no_fields, observe, record_rows
 
 
 @triton.jit
@@ -178,6 +178,7 @@ def norm_bwd_kernel(
     DBIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx, the program's share of dweight and dbias, the statistics of dy, dnew_residual and dx.
@@ -190,11 +191,8 @@ def norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_N)[None, :]
     weight = load_weight(weight_ptr, cols, N, dtype)
     dweight, dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype), tl.zeros([BLOCK_M, BLOCK_N], dtype)
-    dy_row, dnew_residual_row, dx_row = (
-        new_row(BLOCK_M * BLOCK_N, dtype),
-        new_row(BLOCK_M * BLOCK_N, dtype),
-        new_row(BLOCK_M * BLOCK_N, dtype),
-    )
+    LANES: tl.constexpr = lanes_of((h_ptr if dx_narrow_ptr is None else dx_narrow_ptr).dtype.element_ty)
+    dy_row, dnew_residual_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # int64, as block is
         rows = row[:, None]
@@ -208,16 +206,16 @@ def norm_bwd_kernel(
             dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
             wide += dnew_residual
             if stats_ptr is not None:
-                dnew_residual_row = observe(dnew_residual_row, dnew_residual)
+                dnew_residual_row = observe(dnew_residual_row, dnew_residual, LANES)
         dx = store_dx(wide, dx_ptr, dx_narrow_ptr, at, mask)
         if DWEIGHT:
             dweight += dy * x_hat
         if DBIAS:
             dbias += dy
         if stats_ptr is not None:
-            dx_row = observe(dx_row, dx)
+            dx_row = observe(dx_row, dx, LANES)
             if dy_ptr is not None:
-                dy_row = observe(dy_row, dy)
+                dy_row = observe(dy_row, dy, LANES)
     column, last = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N) < N
     if DWEIGHT:
         tl.store(partials_ptr + program * N + column, tl.sum(dweight, 0), last)
@@ -254,17 +252,15 @@ def norm_bwd_looped_kernel(
     DBIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """norm_bwd_kernel for long rows: the row sums in one walk over blocks of columns, dx in a second, which finds the rows
     in the L2 cache; the program's row of partials is in L2 too, and is read and written once for BLOCK_M rows."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    dy_row, dnew_residual_row, dx_row = (
-        new_row(BLOCK_M * BLOCK_N, dtype),
-        new_row(BLOCK_M * BLOCK_N, dtype),
-        new_row(BLOCK_M * BLOCK_N, dtype),
-    )
+    LANES: tl.constexpr = lanes_of((h_ptr if dx_narrow_ptr is None else dx_narrow_ptr).dtype.element_ty)
+    dy_row, dnew_residual_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in range(program, tl.cdiv(num_rows, BLOCK_M), num_programs):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # int64, as block is
         rows = row[:, None]
@@ -288,12 +284,12 @@ def norm_bwd_looped_kernel(
                 dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
                 wide += dnew_residual
                 if stats_ptr is not None:
-                    dnew_residual_row = observe(dnew_residual_row, dnew_residual)
+                    dnew_residual_row = observe(dnew_residual_row, dnew_residual, LANES)
             dx = store_dx(wide, dx_ptr, dx_narrow_ptr, at, mask)
             if stats_ptr is not None:
-                dx_row = observe(dx_row, dx)
+                dx_row = observe(dx_row, dx, LANES)
                 if dy_ptr is not None:
-                    dy_row = observe(dy_row, dy)
+                    dy_row = observe(dy_row, dy, LANES)
             if DWEIGHT:
                 add_partial(partials_ptr, program, program < block, column, tl.sum(dy * x_hat, 0), N)
             if DBIAS:

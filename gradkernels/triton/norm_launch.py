@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gradkernels.triton.launch import launch, num_cells, num_sms
+from gradkernels.triton import launch as launching
+from gradkernels.triton.launch import launch, num_cells, registers, resident
 from gradkernels.triton.norm import (
     norm_bwd_kernel,
     norm_bwd_looped_kernel,
@@ -18,26 +19,31 @@ from gradkernels.triton.norm import (
 
 REGISTER_BYTES = 64  # of one tensor that a thread holds: 16 elements in float32
 LONGEST_FWD, LONGEST_BWD = 65536, 32768  # bytes in the accumulator's dtype of a row that stays in registers
-LOOPED_WARPS = 8
+LOOPED_WARPS = 4
 PARTIAL_BLOCK, PARTIAL_ROWS = 32, 64  # columns of a program of the second launch, and partials it adds at a time
 STAGES = 2  # blocks of rows in flight a program: one is computed while the next is loaded
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one program holds: BLOCK_M rows of BLOCK_N columns, on num_warps warps; in turns along the row if `looped`."""
+    """What one program holds: BLOCK_M rows of BLOCK_N columns, on num_warps warps; in turns along the row if `looped`.
+
+    registers: what a thread may take. None spills, and 12 to 16 warps of a backward are resident an SM.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     looped: bool
+    registers: int
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+        """The constants and options that every kernel of rows takes."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps} | registers(self.registers)
 
 
-def shape_of(N: int, dtype: torch.dtype, backward: bool) -> Shape:
+def shape_of(N: int, dtype: torch.dtype, backward: bool, residual: bool = False) -> Shape:
     """The program for rows of N elements computed in `dtype`: 16 float32 elements a thread, and at least 4 warps.
 
     | N in float32      | rows | warps | form                                          |
@@ -45,24 +51,25 @@ def shape_of(N: int, dtype: torch.dtype, backward: bool) -> Shape:
     | up to 1024        | 2048 / 2^ceil(log2 N) | 4 | registers                         |
     | up to 2048 ... 8192 | 1  | 4 to 16 | registers                                   |
     | forward to 16384  | 1    | 16    | registers, 32 elements a thread               |
-    | above             | 1 forward, 4 backward | 8 | blocks of 4096 (forward), 1024 columns |
+    | above, forward    | 1    | 4     | blocks of 2048 columns                        |
+    | above, backward   | 4    | 4     | blocks of 512 columns                         |
     """
     per_thread = REGISTER_BYTES // dtype.itemsize
     block_n = max(16, 1 << (N - 1).bit_length())
     if block_n * dtype.itemsize > (LONGEST_BWD if backward else LONGEST_FWD):
         block_m = 4 if backward else 1
-        return Shape(block_m, LOOPED_WARPS * 32 * per_thread // block_m, LOOPED_WARPS, True)
+        return Shape(block_m, LOOPED_WARPS * 32 * per_thread // block_m, LOOPED_WARPS, True, 160)
     num_warps = min(16, max(4, block_n // (32 * per_thread)))
-    return Shape(max(1, num_warps * 32 * per_thread // block_n), block_n, num_warps, False)
+    return Shape(max(1, num_warps * 32 * per_thread // block_n), block_n, num_warps, False, 144 if residual and num_warps == 4 else 128)
 
 
 def num_programs(num_rows: int, shape: Shape, device: torch.device) -> int:
-    """Programs of a backward: 16 warps an SM, fewer where each would see fewer than four blocks of rows.
+    """Programs of a backward: as many as are resident, fewer where each would see fewer than four blocks of rows.
 
     Every program costs a row of partial sums, written and read again: below four blocks that is a quarter of the traffic.
     """
-    blocks, sms = -(-num_rows // shape.block_m), num_sms(device)
-    return max(1, min(blocks, sms * max(1, 16 // shape.num_warps), max(sms, blocks // 4), num_cells(None)))
+    blocks, sms = -(-num_rows // shape.block_m), launching.num_sms(device)
+    return max(1, min(blocks, sms * resident(shape.num_warps, shape.registers), max(sms, blocks // 4), num_cells(None)))
 
 
 def as_rows(t: torch.Tensor, num_dims: int) -> torch.Tensor:
@@ -136,7 +143,7 @@ def norm_bwd(
     dweight, dbias = (h.new_empty(0) if p is None or not columns else p.new_empty(p.shape) for p in (weight, bias))
     has_dweight, has_dbias = columns and weight is not None, columns and bias is not None
     N = math.prod(h.shape[h.dim() - num_dims :])
-    shape = shape_of(N, mean.dtype, backward=True)
+    shape = shape_of(N, mean.dtype, backward=True, residual=dnew_residual is not None)
     partials = None
     if has_dweight or has_dbias:
         partials = mean.new_empty(2, num_programs(mean.numel(), shape, h.device), max(1, N))
@@ -177,6 +184,7 @@ def _launch_dx(
         M,
         num_cells(stats),
         N=max(1, N),
+        SLOTS=32 * shape.num_warps,
         STAGES=STAGES,
         **constants,
         **shape.constants,

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from gradkernels.telemetry import ABS_MAX
 from gradkernels.triton.launch import laid_out_as, launch, pointwise
-from gradkernels.triton.reduce import NUM_FIELDS, accumulator, new_row, observe, record_flat
+from gradkernels.triton.reduce import NUM_FIELDS, accumulator, lanes_of, new_row, observe, record_flat
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_cells", "port"])
@@ -19,14 +19,16 @@ def probe_bwd_kernel(
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Row `port` of the statistics. Grid: programs walk the blocks in turns."""
     dtype: tl.constexpr = accumulator(dy_ptr.dtype.element_ty)
+    LANES: tl.constexpr = lanes_of(dy_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    row = new_row(BLOCK, dtype)
+    row = new_row(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
-        row = observe(row, tl.load(dy_ptr + offsets, offsets < numel, other=0.0).to(dtype))
+        row = observe(row, tl.load(dy_ptr + offsets, offsets < numel, other=0.0).to(dtype), LANES)
     record_flat(row, stats_ptr, port, num_cells, dy_ptr, numel, BLOCK)
 
 

@@ -1,6 +1,6 @@
 """Statistics inside a kernel: a row forms in registers while the gradient does, and goes to the program's cell once.
 
-A row in registers is (square sum, peak, count of nonzero elements), each over a few slots a thread. That is all the hot
+A row in registers is (square sum, peak, count of nonzero elements), a slot a thread. That is all the hot
 loop pays for. Whether it was enough is seen at the end: where the square sum overflowed, may have underflowed, or holds a
 NaN or an infinity, the program reads its part of the gradient again and counts exactly, in float64. So a finite gradient
 of ordinary size costs five instructions an element and no pass, and every other one is still counted right.
@@ -12,7 +12,7 @@ import triton.language as tl
 from gradkernels.telemetry import FIELDS
 
 NUM_FIELDS = tl.constexpr(len(FIELDS))
-LANES = tl.constexpr(8)  # elements that one slot sums up, all of them one thread's
+PARTS = tl.constexpr(16)  # in which a block is counted exactly: the path seldom taken then needs few registers
 # Between these peaks no square over- or underflows enough to be seen in the sum of a program's elements.
 LOWEST_PEAK, HIGHEST_PEAK = tl.constexpr(2.0**-52), tl.constexpr(2.0**50)
 LOWEST_PEAK_DOUBLE, HIGHEST_PEAK_DOUBLE = tl.constexpr(2.0**-480), tl.constexpr(2.0**480)
@@ -25,21 +25,30 @@ def accumulator(dtype):
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
+@triton.constexpr_function
+def lanes_of(dtype):
+    """Consecutive elements of `dtype` that a thread loads with one access of 16 bytes."""
+    return 128 // dtype.primitive_bitwidth
+
+
 @triton.jit
-def new_row(BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """An empty row for tiles of BLOCK elements."""
-    zeros = tl.zeros([BLOCK // LANES], dtype)
+def new_row(SLOTS: tl.constexpr, dtype: tl.constexpr):
+    """An empty row, with a slot for each thread."""
+    zeros = tl.zeros([SLOTS], dtype)
     return zeros, zeros, zeros
 
 
 @triton.jit
-def observe(row, v):
-    """The row with tile `v` (as stored, in the accumulator's dtype) added; masked elements must be 0."""
+def observe(row, v, LANES: tl.constexpr):
+    """The row with tile `v` (as stored, in the accumulator's dtype) added; masked elements must be 0.
+
+    LANES as of the tensor that the tile was loaded from: then a slot sums up what its thread holds, and nothing moves.
+    """
     square_sum, peak, nonzero = row
-    lanes = tl.reshape(v, [v.numel // LANES, LANES])
-    square_sum += tl.sum(lanes * lanes, 1)
-    peak = tl.maximum(peak, tl.max(tl.abs(lanes), 1))
-    nonzero += tl.sum(tl.where(tl.abs(lanes) > 0, 1.0, 0.0).to(lanes.dtype), 1)  # one FSET; exact up to 2^24 a slot
+    own = tl.reshape(v, [v.numel // (square_sum.numel * LANES), square_sum.numel, LANES])
+    square_sum += tl.sum(tl.sum(own * own, 2), 0)
+    peak = tl.maximum(peak, tl.max(tl.max(tl.abs(own), 2), 0))
+    nonzero += tl.sum(tl.sum(tl.where(tl.abs(own) > 0, 1.0, 0.0).to(own.dtype), 2), 0)  # one FSET; exact up to 2^24 a slot
     return square_sum, peak, nonzero
 
 
@@ -119,9 +128,10 @@ def record_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.constexpr
         tl.debug_barrier()
         fields = no_fields()
         for block in range(program, tl.cdiv(numel, BLOCK), tl.num_programs(0)):
-            offsets = block * BLOCK + tl.arange(0, BLOCK)
-            mask = offsets < numel
-            fields = count_exactly(fields, tl.load(ptr + offsets, mask, other=0.0), mask)
+            for first in range(0, BLOCK, BLOCK // PARTS):
+                offsets = block * BLOCK + first + tl.arange(0, BLOCK // PARTS)
+                mask = offsets < numel
+                fields = count_exactly(fields, tl.load(ptr + offsets, mask, other=0.0), mask)
     add_to_cell(stats_ptr, port, program, num_cells, seen, fields)
 
 
@@ -146,8 +156,8 @@ def record_rows(
         fields = no_fields()
         for block in range(program, tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
             rows = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-            for first in range(0, N, BLOCK_N):
-                cols = first + tl.arange(0, BLOCK_N)[None, :]
+            for first in range(0, N, BLOCK_N // PARTS):
+                cols = first + tl.arange(0, BLOCK_N // PARTS)[None, :]
                 mask = (rows < num_rows) & (cols < N)
                 fields = count_exactly(fields, tl.load(ptr + rows * stride + cols, mask, other=0.0), mask)
     add_to_cell(stats_ptr, port, program, num_cells, seen, fields)

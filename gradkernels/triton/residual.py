@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import laid_out_as, pointwise
-from gradkernels.triton.reduce import accumulator, new_row, observe, record_flat
+from gradkernels.triton.reduce import accumulator, lanes_of, new_row, observe, record_flat
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_cells"])
@@ -19,13 +19,15 @@ def residual_bwd_kernel(
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """dx = dskip + dbranch, either of which may be absent. Grid: as gelu_bwd_kernel's."""
     HAS_DSKIP: tl.constexpr = dskip_ptr is not None
     HAS_DBRANCH: tl.constexpr = dbranch_ptr is not None
     dtype: tl.constexpr = accumulator(dx_ptr.dtype.element_ty)
+    LANES: tl.constexpr = lanes_of(dx_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    dskip_row, dbranch_row, dx_row = new_row(BLOCK, dtype), new_row(BLOCK, dtype), new_row(BLOCK, dtype)
+    dskip_row, dbranch_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
@@ -34,16 +36,16 @@ def residual_bwd_kernel(
             dskip = tl.load(dskip_ptr + offsets, mask, other=0.0).to(dtype)
             wide = dskip
             if TELEMETRY:
-                dskip_row = observe(dskip_row, dskip)
+                dskip_row = observe(dskip_row, dskip, LANES)
         if HAS_DBRANCH:
             dbranch = tl.load(dbranch_ptr + offsets, mask, other=0.0).to(dtype)
             wide = wide + dbranch if HAS_DSKIP else dbranch
             if TELEMETRY:
-                dbranch_row = observe(dbranch_row, dbranch)
+                dbranch_row = observe(dbranch_row, dbranch, LANES)
         dx = wide.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
-            dx_row = observe(dx_row, dx.to(dtype))
+            dx_row = observe(dx_row, dx.to(dtype), LANES)
     if TELEMETRY:
         if HAS_DSKIP:
             record_flat(dskip_row, stats_ptr, 0, num_cells, dskip_ptr, numel, BLOCK)

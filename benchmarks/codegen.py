@@ -1,0 +1,236 @@
+"""python -m benchmarks.codegen [--quick]: what the Triton kernels become, for GPUs that need not be there.
+
+Every kernel is compiled ahead of time for NVIDIA sm_80, sm_90 and sm_100 and for AMD gfx942, with the very arguments that
+the ops launch it with, and the machine code is read: registers, shared memory, spills, the width of global accesses, and
+the instructions of the main loop per element and thread. Writes benchmarks/results/codegen.jsonl, a line a kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gradkernels.telemetry import NUM_CELLS
+from gradkernels.triton import add_layer_norm, gelu, launch, layer_norm, probe, residual
+
+RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTWISE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NORM_DTYPES = (torch.bfloat16, torch.float32)
+NORM_COLUMNS = (768, 1024, 4096, 8192, 16384)
+M = 8192
+TRITON_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the op makes it, with meta tensors for arguments."""
+
+    kernel: Any
+    args: tuple
+    options: dict[str, Any]
+
+
+def launches_of(op: Any, *args: Any) -> list[Launch]:
+    """What `op(*args)` launches; nothing runs."""
+    found = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple) -> Any:
+            return lambda *args, **options: found.append(Launch(self.kernel, args, options))
+
+    with mock.patch.object(launch, "num_sms", lambda device: 132), mock.patch.object(launch, "prepared", Recorder):
+        op(*args)
+    return found
+
+
+def signature_of(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[tuple, list]]:
+    """(types, constants, attributes) of the arguments, specialised as Triton does when it launches."""
+    given = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=False)) | launch.options
+    types, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value, plain = given[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (not plain and isinstance(value, int) and value == 1):
+            types[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            types[parameter.name], aligned = f"*{TRITON_TYPES[value.dtype]}", True
+        else:
+            types[parameter.name], aligned = "i32" if abs(value) < 2**31 else "i64", not plain and value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Any:
+    """The compiled kernel."""
+    types, constants, attributes = signature_of(launch)
+    names = {parameter.name for parameter in launch.kernel.params}
+    options = {name: value for name, value in launch.options.items() if name not in names}
+    if target.backend == "hip":
+        options["num_warps"] = max(1, options["num_warps"] // 2)  # of 64 threads
+    source = ASTSource(launch.kernel, types, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """The output of one of the tools that come with Triton."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run([folder / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def loops(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """(instructions, [(first, last) of each loop, by where it ends]) of a disassembly by nvdisasm."""
+    labels, instructions, found = {}, [], []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    for index, text in enumerate(instructions):
+        if (target := re.search(r"\bBRA.*?(\.L_x_\d+)", text)) and labels.get(target[1], index) < index:
+            found.append((labels[target[1]], index))
+    return instructions, found
+
+
+def read_nvidia(compiled: Any, elements: int) -> dict[str, Any]:
+    """Figures from a cubin; `elements` are a thread's in one turn of the main loop, which is the first with a store."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        instructions, found = loops(tool("nvdisasm", "-c", file.name))
+    bodies = [instructions[first : last + 1] for first, last in found]
+    storing = [body for body in bodies if any("STG" in text for text in body)]
+    main = storing[0] if storing else bodies[0] if bodies else instructions
+    accesses = [text for text in main if re.search(r"\b(LDG|STG|LDGSTS)\b", text)]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local_accesses": sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in instructions),
+        "shared_bytes": compiled.metadata.shared,
+        "loop_instructions": len(main),
+        "loop_instructions_per_element": round(len(main) / elements, 1),
+        "accesses_128_bit": sum(".128" in text for text in accesses),
+        "accesses_narrower": sum(".128" not in text for text in accesses),
+    }
+
+
+def read_amd(compiled: Any) -> dict[str, Any]:
+    """Figures from the assembly's own summary."""
+    text = compiled.asm["amdgcn"]
+    pick = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
+    return {
+        "registers": pick("vgpr_count"),
+        "stack_bytes": pick("private_segment_fixed_size"),
+        "local_accesses": pick("vgpr_spill_count"),
+        "shared_bytes": compiled.metadata.shared,
+        "accesses_128_bit": len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", text)),
+    }
+
+
+def elements_a_thread(launch: Launch) -> int:
+    """Elements of one tensor that a thread handles in one turn."""
+    options = launch.options
+    tile = options.get("BLOCK") or options.get("BLOCK_M", 1) * options["BLOCK_N"]
+    return max(1, tile // (32 * options["num_warps"]))
+
+
+def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
+    """(what it is, op, arguments) of every op, dtype and width; telemetry off and on."""
+    for on in (False, True):
+        make = lambda ports, on=on: torch.empty(ports, NUM_CELLS, 8, dtype=torch.float64, device="meta") if on else None  # noqa: E731
+        for dtype in POINTWISE_DTYPES:
+            x = torch.empty(M, 4096, dtype=dtype, device="meta")
+            what = {"dtype": str(dtype).removeprefix("torch."), "columns": 4096, "telemetry": on}
+            for tanh in (False, True):
+                name = {"op": "gelu tanh" if tanh else "gelu", **what}
+                yield name, gelu.gelu_bwd, (x, x, tanh, make(2))
+                if not on:
+                    yield name, gelu.gelu_fwd, (x, tanh)
+            yield {"op": "residual", **what}, residual.residual_bwd, (x, x, make(3))
+            if on:
+                yield {"op": "probe", **what}, probe.probe_bwd, (x, make(1), 0)
+        for dtype in NORM_DTYPES:
+            for columns in NORM_COLUMNS:
+                x = torch.empty(M, columns, dtype=dtype, device="meta")
+                h, weight = x.float(), x[0]
+                mean = torch.empty(M, 1, device="meta")
+                what = {"dtype": str(dtype).removeprefix("torch."), "columns": columns, "telemetry": on}
+                yield (
+                    {"op": "layer_norm", **what},
+                    layer_norm.layer_norm_bwd,
+                    (x, x, mean, mean, weight, weight, 1, True, make(4)),
+                )
+                last = (mean, mean, weight, weight, 1, dtype, True, make(5))
+                yield {"op": "add_layer_norm", **what}, add_layer_norm.add_layer_norm_bwd, (x, h, h, *last)
+                if not on:
+                    yield {"op": "layer_norm", **what}, layer_norm.layer_norm_fwd, (x, weight, weight, 1, 1e-5)
+                    yield {"op": "add_layer_norm", **what}, add_layer_norm.add_layer_norm_fwd, (x, h, weight, weight, 1, 1e-5)
+
+
+def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dict[str, Any]]:
+    """A line for every kernel that the case launches and every target."""
+    what, op, args = case
+    result = []
+    for found in launches_of(op, *args):
+        for name in targets:
+            target = TARGETS[name]
+            compiled = compile_for(found, target)
+            figures = read_amd(compiled) if target.backend == "hip" else read_nvidia(compiled, elements_a_thread(found))
+            result.append({"kernel": found.kernel.fn.__name__, **what, "target": name, **figures})
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 1 if a kernel spills."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
+    parser.add_argument("--op", action="append", help="only this op")
+    parser.add_argument("--print", action="store_true", help="print the lines instead of writing them")
+    chosen = parser.parse_args(arguments)
+    wanted = [case for case in cases() if not chosen.op or case[0]["op"] in chosen.op]
+    spilled, lines = 0, []
+    with ProcessPoolExecutor() as pool:
+        for batch in pool.map(partial(lines_of, targets=tuple(chosen.target or TARGETS)), wanted):
+            for line in batch:
+                lines.append({**line, "triton": triton.__version__})
+                spilled += line["stack_bytes"] + line["local_accesses"] > 0
+                print(" ".join(str(value) for value in line.values()), flush=True)
+    if not chosen.print:
+        RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        print(f"{len(lines)} kernels in {RESULTS.name}, {spilled} of them spill")
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
