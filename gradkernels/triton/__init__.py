@@ -6,7 +6,7 @@ Imported by gradkernels where torch was built for CUDA or ROCm and triton is ins
 from gradkernels.library import implement
 from gradkernels.triton import add_layer_norm, gelu, layer_norm, probe, residual
 
-for op, kernel in {
+KERNELS = {
     "gelu_fwd": gelu.gelu_fwd,
     "gelu_bwd": gelu.gelu_bwd,
     "layer_norm_fwd": layer_norm.layer_norm_fwd,
@@ -16,5 +16,7 @@ for op, kernel in {
     "residual_bwd": residual.residual_bwd,
     "probe_bwd": probe.probe_bwd,
     "fold": probe.fold,
-}.items():
+}
+
+for op, kernel in KERNELS.items():
     implement(op, kernel)

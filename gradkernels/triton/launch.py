@@ -65,8 +65,9 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
     num_programs = -(-t.numel() // block)
     cap = {}
     if stats is not None:
-        num_programs = min(num_programs, resident(THREADS // 32, REGISTERS) * num_sms(t.device), num_cells(stats))
-        cap = registers(REGISTERS if t.element_size() < 8 else 2 * REGISTERS)
+        count = REGISTERS if t.element_size() < 8 else 2 * REGISTERS
+        num_programs = min(num_programs, resident(THREADS // 32, count) * num_sms(t.device), num_cells(stats))
+        cap = registers(count)
     launch(
         kernel,
         (max(1, num_programs),),
