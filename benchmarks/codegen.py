@@ -54,6 +54,7 @@ class Launch:
 
     kernel: Any
     args: tuple
+    constants: dict[str, Any]
     options: dict[str, Any]
 
 
@@ -61,21 +62,17 @@ def launches_of(op: Any, *args: Any) -> list[Launch]:
     """What `op(*args)` launches; nothing runs."""
     found = []
 
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+    def record(kernel: Any, grid: tuple, args: tuple, constants: dict, options: dict) -> None:
+        found.append(Launch(kernel, args, constants, options))
 
-        def __getitem__(self, grid: tuple) -> Any:
-            return lambda *args, **options: found.append(Launch(self.kernel, args, options))
-
-    with mock.patch.object(launch, "num_sms", lambda device: 132), mock.patch.object(launch, "prepared", Recorder):
+    with mock.patch.object(launch, "num_sms", lambda device: 132), mock.patch.object(launch, "run", record):
         op(*args)
     return found
 
 
 def signature_of(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[tuple, list]]:
     """(types, constants, attributes) of the arguments, specialised as Triton does when it launches."""
-    given = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=False)) | launch.options
+    given = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=False)) | launch.constants
     types, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value, plain = given[parameter.name], parameter.do_not_specialize
@@ -94,10 +91,9 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel."""
     types, constants, attributes = signature_of(launch)
-    names = {parameter.name for parameter in launch.kernel.params}
-    options = {name: value for name, value in launch.options.items() if name not in names}
+    options = dict(launch.options)
     if target.backend == "hip":
-        options["num_warps"] = max(1, options["num_warps"] // 2)  # of 64 threads
+        options.pop("maxnreg", None)
     source = ASTSource(launch.kernel, types, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
@@ -160,9 +156,8 @@ def read_amd(compiled: Any) -> dict[str, Any]:
 
 def elements_a_thread(launch: Launch) -> int:
     """Elements of one tensor that a thread handles in one turn."""
-    options = launch.options
-    tile = options.get("BLOCK") or options.get("BLOCK_M", 1) * options["BLOCK_N"]
-    return max(1, tile // (32 * options["num_warps"]))
+    tile = launch.constants.get("BLOCK") or launch.constants.get("BLOCK_M", 1) * launch.constants["BLOCK_N"]
+    return max(1, tile // (32 * launch.options["num_warps"]))
 
 
 def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.export._trace import custom_triton_ops_decomposition_disabled
 
 try:
     import gradkernels._C as _C
@@ -61,9 +63,23 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def implement(op: str, kernel: Callable) -> None:
-    """Makes `kernel` what runs for `op` on CUDA devices (ROCm's too)."""
-    LIBRARY.impl(op, kernel, "CUDA")
+def implement(name: str, kernel: Callable) -> None:
+    """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
+
+    torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
+    does it, so that Inductor plans memory and launches for them as for kernels of its own.
+    """
+    op = getattr(torch.ops.gradkernels, name).default
+    LIBRARY.impl(name, kernel, "CUDA")
+
+    def functional(mode: FunctionalTensorMode, *args: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if custom_triton_ops_decomposition_disabled() or any(tensor.device.type != "cuda" for tensor in tensors):
+            return mode.__torch_dispatch__(op, (), args)
+        with mode:
+            return kernel(*args)
+
+    op.py_impl(FunctionalTensorMode)(functional)
 
 
 def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:

@@ -15,17 +15,25 @@ VECTOR_BYTES = 16  # one access
 REGISTERS = 64  # with statistics, a thread, so that four programs are resident an SM
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs the kernel on the current stream of the current device; visible to torch.compile where that is tracing.
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
+    """Runs the kernel on the current stream of the current device, or puts the launch into the graph that is being traced.
 
-    A multiplication and an addition become one instruction, as everywhere in CUDA; Triton 3.10 no longer does so unasked.
+    maxnreg: the registers a thread may take. It is NVIDIA's, and Inductor does not pass it on: a compiled graph launches the
+    same kernel without it.
     """
-    prepared(kernel)[grid](*args, **options, enable_fp_fusion=True)
+    if torch._C._len_torch_dispatch_stack() > 0:
+        torch.library.wrap_triton(kernel)[grid](*args, **constants, num_warps=num_warps)
+        return
+    # A multiplication and an addition become one instruction, as in all of CUDA; Triton 3.10 no longer does so unasked.
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if maxnreg is not None and not torch.version.hip:
+        options["maxnreg"] = maxnreg
+    run(kernel, grid, args, constants, options)
 
 
-def prepared(kernel: Any) -> Any:
-    """The kernel, or what stands for it in a graph that is being traced."""
-    return torch.library.wrap_triton(kernel) if torch._C._len_torch_dispatch_stack() > 0 else kernel
+def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> None:
+    """The launch itself."""
+    kernel[grid](*args, **constants, **options)
 
 
 def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -37,11 +45,6 @@ def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of the device; 2 for the CPU, where kernels are only ever interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def registers(count: int) -> dict[str, int]:
-    """The option that holds a thread to `count` registers, which is NVIDIA's."""
-    return {} if torch.version.hip else {"maxnreg": count}
 
 
 def resident(num_warps: int, registers: int) -> int:
@@ -63,11 +66,11 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
     block = THREADS * 2 * VECTOR_BYTES // t.element_size()
     vector = 8 if t.numel() % 8 == 0 else 1
     num_programs = -(-t.numel() // block)
-    cap = {}
+    cap = None
     if stats is not None:
         count = REGISTERS if t.element_size() < 8 else 2 * REGISTERS
         num_programs = min(num_programs, resident(THREADS // 32, count) * num_sms(t.device), num_cells(stats))
-        cap = registers(count)
+        cap = count
     launch(
         kernel,
         (max(1, num_programs),),
@@ -81,5 +84,5 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
         BLOCK=block,
         SLOTS=THREADS,
         num_warps=THREADS // 32,
-        **cap,
+        maxnreg=cap,
     )

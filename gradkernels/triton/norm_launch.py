@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gradkernels.triton import launch as launching
-from gradkernels.triton.launch import launch, num_cells, registers, resident
+from gradkernels.triton.launch import launch, num_cells, resident
 from gradkernels.triton.norm import (
     norm_bwd_kernel,
     norm_bwd_looped_kernel,
@@ -38,9 +38,9 @@ class Shape:
     registers: int
 
     @property
-    def constants(self) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """The constants and options that every kernel of rows takes."""
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps} | registers(self.registers)
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps, "maxnreg": self.registers}
 
 
 def shape_of(N: int, dtype: torch.dtype, backward: bool, residual: bool = False) -> Shape:
@@ -113,7 +113,7 @@ def norm_fwd(
             M,
             N=N,
             EPS=eps,
-            **shape.constants,
+            **shape.options,
         )
     return y, new_residual, mean, rstd
 
@@ -187,7 +187,7 @@ def _launch_dx(
         SLOTS=32 * shape.num_warps,
         STAGES=STAGES,
         **constants,
-        **shape.constants,
+        **shape.options,
     )
 
 
