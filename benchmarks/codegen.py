@@ -1,4 +1,4 @@
-"""python -m benchmarks.codegen [--quick]: what the Triton kernels become, for GPUs that need not be there.
+"""python -m benchmarks.codegen: what the Triton kernels become, for GPUs that need not be there.
 
 Every kernel is compiled ahead of time for NVIDIA sm_80, sm_90 and sm_100 and for AMD gfx942, with the very arguments that
 the ops launch it with, and the machine code is read: registers, shared memory, spills, the width of global accesses, and
@@ -210,18 +210,24 @@ def main(arguments: list[str]) -> int:
     """Exit code 1 if a kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
-    parser.add_argument("--op", action="append", help="only this op")
-    parser.add_argument("--print", action="store_true", help="print the lines instead of writing them")
+    parser.add_argument("--columns", action="append", type=int, help="only rows of this length; may be repeated")
+    parser.add_argument("--telemetry", choices=("off", "on"), help="only without or with statistics")
+    parser.add_argument("--json", action="store_true", help="print JSON lines; write nothing")
     chosen = parser.parse_args(arguments)
-    wanted = [case for case in cases() if not chosen.op or case[0]["op"] in chosen.op]
+    wanted = [
+        case
+        for case in cases()
+        if (not chosen.columns or case[0]["columns"] in chosen.columns)
+        and (not chosen.telemetry or case[0]["telemetry"] == (chosen.telemetry == "on"))
+    ]
     spilled, lines = 0, []
     with ProcessPoolExecutor() as pool:
         for batch in pool.map(partial(lines_of, targets=tuple(chosen.target or TARGETS)), wanted):
             for line in batch:
                 lines.append({**line, "triton": triton.__version__})
                 spilled += line["stack_bytes"] + line["local_accesses"] > 0
-                print(" ".join(str(value) for value in line.values()), flush=True)
-    if not chosen.print:
+                print(json.dumps(lines[-1]) if chosen.json else " ".join(map(str, line.values())), flush=True)
+    if not (chosen.json or chosen.target or chosen.columns or chosen.telemetry):
         RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(f"{len(lines)} kernels in {RESULTS.name}, {spilled} of them spill")
     return int(spilled > 0)

@@ -7,7 +7,7 @@ import pytest
 from gradkernels.ops import OPS
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("gradkernels/ops/{}.py", "csrc/cpu/{}.cpp", "tests/test_{}.py", "benchmarks/bench_{}.py")
+PLACES = ("gradkernels/ops/{}.py", "csrc/cpu/{}.cpp", "gradkernels/triton/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
 NO_BENCHMARK = {"probe"}
 MAX_LINES = 400
 SOURCES = sorted(

@@ -1,0 +1,107 @@
+"""The Triton kernels on a machine without a GPU: interpreted, compiled for GPUs that are not there, and traced."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from test_fallback import run, run_tests
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradkernels.ops import OPS
+from gradkernels.telemetry import NUM_CELLS
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+OP = torch.ops.gradkernels
+
+
+def test_kernels():
+    """tests/test_triton_kernels.py: every kernel, interpreted."""
+    run_tests("-p", "on_triton", "test_triton_kernels.py", "-W", "ignore")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_ops(op):
+    """All of an op's tests, on the kernels."""
+    run_tests("-p", "on_triton", f"test_{op}.py", "-W", "ignore", "-k", "not inductor and not threads and not better")
+
+
+def test_import_needs_no_triton():
+    run("-c", "import sys; sys.modules['triton'] = None; import gradkernels; print(gradkernels.implementations())")
+
+
+def codegen(*arguments):
+    """The lines of benchmarks.codegen, which fails where a kernel spills."""
+    command = [sys.executable, "-m", "benchmarks.codegen", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_lines(lines, targets):
+    """No spills, no stack, 16-byte accesses; more than a few registers or instructions for telemetry are seen in review."""
+    assert {line["target"] for line in lines} == set(targets)
+    for line in lines:
+        assert (line["stack_bytes"], line["local_accesses"]) == (0, 0), line
+        assert line["accesses_128_bit"] > 0, line
+        assert line.get("accesses_narrower", 0) <= 2, line  # mean and rstd of a row
+        if line["target"].startswith("sm") and "looped" not in line["kernel"] and line["dtype"] != "float64":
+            assert line["loop_instructions_per_element"] < 60, line
+
+
+def test_codegen():
+    """Every kernel and dtype for Hopper; with statistics for the other targets."""
+    check_lines(codegen("--target", "sm_90", "--columns", "1024", "--columns", "4096", "--columns", "16384"), ["sm_90"])
+    others = ["sm_80", "sm_100", "gfx942"]
+    arguments = [argument for target in others for argument in ("--target", target)]
+    check_lines(codegen(*arguments, "--columns", "4096", "--telemetry", "on"), others)
+
+
+@pytest.mark.slow
+def test_codegen_of_everything():
+    lines = codegen()
+    check_lines(lines, ["sm_80", "sm_90", "sm_100", "gfx942"])
+    committed = [json.loads(line) for line in (ROOT / "benchmarks/results/codegen.jsonl").read_text().splitlines()]
+    key = lambda line: [line[name] for name in ("kernel", "op", "dtype", "columns", "telemetry", "target")]  # noqa: E731
+    assert [key(line) for line in committed] == [key(line) for line in lines]
+
+
+def traced(function, *shapes):
+    """The graph of `function` on CUDA tensors that are not there; each shape is (sizes, dtype)."""
+    import gradkernels.triton.launch
+
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        raise NotImplementedError("captured")
+
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("gradkernels.triton.launch.num_sms", lambda device: 132):
+        tensors = [torch.empty(sizes, dtype=dtype, device="cuda") for sizes, dtype in shapes]
+        compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=capture))
+        with pytest.raises(Exception, match="captured"):
+            compiled(*tensors)
+    return [node for node in graphs[0].graph.nodes if node.op == "call_function" and "getitem" not in str(node.target)]
+
+
+def test_compiled_graphs_hold_the_kernels(fresh_compiler):
+    """Two backwards in one graph are three launches and allocations, and no call of an op that nobody can look into."""
+
+    def backwards(x, mean, weight, gelu_stats, norm_stats):
+        dx = OP.gelu_bwd(x, x, False, gelu_stats)
+        return OP.layer_norm_bwd(dx, x, mean, mean, weight, weight, 1, True, norm_stats)
+
+    table = lambda ports: ((ports, NUM_CELLS, 8), torch.float64)  # noqa: E731
+    shapes = [((64, 256), torch.bfloat16), ((64, 1), torch.float32), ((256,), torch.bfloat16), table(2), table(4)]
+    names = [str(node.target) for node in traced(backwards, *shapes)]
+    assert not fresh_compiler["graph_break"]
+    assert sum("triton_kernel_wrapper" in name for name in names) == 3
+    assert not [name for name in names if "gradkernels" in name or "copy" in name or "clone" in name]
