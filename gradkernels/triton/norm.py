@@ -194,7 +194,7 @@ def norm_bwd_kernel(
     LANES: tl.constexpr = lanes_of((h_ptr if dx_narrow_ptr is None else dx_narrow_ptr).dtype.element_ty)
     dy_row, dnew_residual_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # int64, as block is
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
         mask, at = (rows < num_rows) & (cols < N), rows * N + cols
         mean = tl.load(mean_ptr + row, row < num_rows, other=0.0)[:, None]
@@ -262,7 +262,7 @@ def norm_bwd_looped_kernel(
     LANES: tl.constexpr = lanes_of((h_ptr if dx_narrow_ptr is None else dx_narrow_ptr).dtype.element_ty)
     dy_row, dnew_residual_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in range(program, tl.cdiv(num_rows, BLOCK_M), num_programs):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # int64, as block is
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
         mean = tl.load(mean_ptr + row, row < num_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, row < num_rows, other=0.0)[:, None]

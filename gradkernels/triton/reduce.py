@@ -155,7 +155,7 @@ def record_rows(
         tl.debug_barrier()
         fields = no_fields()
         for block in range(program, tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
-            rows = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+            rows = (block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64))[:, None]
             for first in range(0, N, BLOCK_N // PARTS):
                 cols = first + tl.arange(0, BLOCK_N // PARTS)[None, :]
                 mask = (rows < num_rows) & (cols < N)
