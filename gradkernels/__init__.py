@@ -1,23 +1,29 @@
 """Fused kernels whose backward passes measure the gradients flowing through them. See README.md."""
 
 from gradkernels.convert import convert, revert, uncovered
+from gradkernels.functional import lstm
 from gradkernels.library import ArgumentError, implementations
-from gradkernels.nn import GELU, AddLayerNorm, LayerNorm, Residual
+from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
 from gradkernels.ops.add_layer_norm import add_layer_norm
 from gradkernels.ops.gelu import gelu
 from gradkernels.ops.layer_norm import layer_norm
+from gradkernels.ops.lstm_cell import lstm_cell
+from gradkernels.ops.lstm_layer import lstm_layer
 from gradkernels.ops.probe import probe
 from gradkernels.ops.residual import residual, residual_add, residual_fork
-from gradkernels.telemetry import FIELDS, Record, new_stats
+from gradkernels.telemetry import FIELDS, TIME_FIELDS, Record, new_stats, new_time_stats
 from gradkernels.watch import Coverage, Watch, watch
 
 __version__ = "0.1.0"
 __all__ = [
     "FIELDS",
     "GELU",
+    "LSTM",
+    "TIME_FIELDS",
     "AddLayerNorm",
     "ArgumentError",
     "Coverage",
+    "LSTMCell",
     "LayerNorm",
     "Record",
     "Residual",
@@ -27,7 +33,11 @@ __all__ = [
     "gelu",
     "implementations",
     "layer_norm",
+    "lstm",
+    "lstm_cell",
+    "lstm_layer",
     "new_stats",
+    "new_time_stats",
     "probe",
     "residual",
     "residual_add",

@@ -93,7 +93,8 @@ def implementations() -> dict[str, str]:
     The reference is plain PyTorch: right, differentiable, with the same statistics, and not fast.
     """
     native = f"C++ ({_C.cpu_capability()})" if _C is not None else "reference (PyTorch): the extension is not built"
-    table = {f"{op} on cpu": native for op in ("gelu", "layer_norm", "add_layer_norm", "residual", "probe")}
+    ops = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "probe")
+    table = {f"{op} on cpu": native for op in ops}
     table["autograd"] = "C++" if _C is not None else "Python: the extension is not built"
     table["any op on any other device"] = "reference (PyTorch)"
     return table
