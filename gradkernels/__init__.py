@@ -12,6 +12,7 @@ from gradkernels.ops.lstm_layer import lstm_layer
 from gradkernels.ops.probe import probe
 from gradkernels.ops.residual import residual, residual_add, residual_fork
 from gradkernels.telemetry import FIELDS, TIME_FIELDS, Record, new_stats, new_time_stats
+from gradkernels.time_profile import TimeProfile
 from gradkernels.watch import Coverage, Watch, watch
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "LayerNorm",
     "Record",
     "Residual",
+    "TimeProfile",
     "Watch",
     "add_layer_norm",
     "convert",
