@@ -1,5 +1,6 @@
 """Fused kernels whose backward passes measure the gradients flowing through them. See README.md."""
 
+from gradkernels import init
 from gradkernels.convert import convert, revert, uncovered
 from gradkernels.functional import lstm
 from gradkernels.library import ArgumentError, implementations
@@ -34,6 +35,7 @@ __all__ = [
     "convert",
     "gelu",
     "implementations",
+    "init",
     "layer_norm",
     "lstm",
     "lstm_cell",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -85,6 +86,12 @@ def define_autograd(schema: str, python: Callable, differentiable: Callable) -> 
 
     LIBRARY.impl(schema.split("(")[0], call, "CompositeImplicitAutograd")
     return call  # not through the dispatcher, under which torch.func could not see the Function
+
+
+def autocast_off(x: torch.Tensor) -> AbstractContextManager:
+    """A context in which products on x's device are computed in the dtype of their arguments, as our ops mean them."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def implementations() -> dict[str, str]:

@@ -122,12 +122,12 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
     const auto loop = GK_CHOOSE((cell_backward<scalar_t>));
     for_each_program(num_programs(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
   });
-  const Tensor none = at::empty({0}, x.options());
-  const Tensor dx = inputs ? at::mm(dg, widened(weight_ih)).to(dtype) : none;
+  const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
+  const Tensor dx = inputs ? at::mm(dg, widened(weight_ih)).to(dtype) : none();
   const Tensor dh = at::mm(dg, widened(weight_hh)).to(dtype), dc = dc_wide.to(dtype);
-  const Tensor dweight_ih = weights ? at::mm(dg.t(), widened(x)).to(dtype) : none;
-  const Tensor dweight_hh = weights ? at::mm(dg.t(), widened(h)).to(dtype) : none;
-  const Tensor dbias = weights && bias_ih ? dg.sum(0).to(dtype) : none;
+  const Tensor dweight_ih = weights ? at::mm(dg.t(), widened(x)).to(dtype) : none();
+  const Tensor dweight_hh = weights ? at::mm(dg.t(), widened(h)).to(dtype) : none();
+  const Tensor dbias = weights && bias_ih ? dg.sum(0).to(dtype) : none();
   if (stats) {
     const bool there[] = {dh_next.has_value(), dc_next.has_value(), inputs, true, true, weights, weights, weights && bias_ih};
     const Tensor* ports[] = {

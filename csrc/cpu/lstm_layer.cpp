@@ -205,8 +205,8 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
                          const OptionalTensor& time_stats) {
   const Steps steps(x, batch_sizes, h0.size(0), reverse);
   const auto dtype = x.scalar_type();
-  const Tensor none = at::empty({0}, x.options());
-  Tensor dx = none, dweight_ih = none, dweight_hh = none, dbias = none, dweight_hr = none, dh0, dc0;
+  const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
+  Tensor dx = none(), dweight_ih = none(), dweight_hh = none(), dbias = none(), dweight_hr = none(), dh0, dc0;
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_layer_bwd", [&] {
     const Tensor rows_dy = dy ? widened_rows(*dy) : Tensor();
     const Walked walked = walk_back<scalar_t>(steps, rows_dy, dh_n, dc_n, widened(c0), widened(weight_hh), widened(weight_hr),

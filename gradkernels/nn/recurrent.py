@@ -90,10 +90,7 @@ class LSTM(_Measuring, RNNBase):
         if not is_batched:
             input = input.unsqueeze(batch_dim)
             reset_mask = None if reset_mask is None else reset_mask.unsqueeze(batch_dim)
-        if hx is None:
-            hx = self._zeros(input, input.size(batch_dim))
-        else:
-            hx = self._batched(hx, is_batched)
+        hx = self._zeros(input, input.size(batch_dim)) if hx is None else self._batched(hx, is_batched)
         self.check_forward_args(input, hx, None)
         output, *hidden = self._run(input, hx, None, reset_mask)
         if not is_batched:
@@ -104,13 +101,17 @@ class LSTM(_Measuring, RNNBase):
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         if reset_mask is not None:
             raise ArgumentError("LSTM: reset_mask must be None for packed input, got one")
-        hx = self._zeros(input, batch_sizes[0]) if hx is None else self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(input, hx, batch_sizes)
+        if hx is None:
+            self.check_input(input, batch_sizes)
+            hx = self._zeros(input, int(batch_sizes[0]))
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+            self.check_forward_args(input, hx, batch_sizes)
         output, *hidden = self._run(input, hx, batch_sizes, None)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(tuple(hidden), unsorted_indices)
 
-    def _zeros(self, input: torch.Tensor, batch: int | torch.Tensor) -> State:
+    def _zeros(self, input: torch.Tensor, batch: int) -> State:
         parts = self.num_layers * (2 if self.bidirectional else 1)
         return input.new_zeros(parts, batch, self.proj_size or self.hidden_size), input.new_zeros(
             parts, batch, self.hidden_size

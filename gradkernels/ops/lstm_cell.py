@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.library import ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
 from gradkernels.ops.layer_norm import widen
 from gradkernels.ops.lstm_layer import check_lstm_weights
 from gradkernels.telemetry import check_stats, measured
@@ -218,4 +218,5 @@ def lstm_cell(
     check_lstm_weights("lstm_cell", x, shapes)
     if stats is not None:
         check_stats("lstm_cell", stats, x, PORTS)
-    return _lstm_cell_op(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, stats)
+    with autocast_off(x):
+        return _lstm_cell_op(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, stats)

@@ -9,12 +9,13 @@ step t owns the next batch_sizes[t] rows, of the batch's first sequences. `rever
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.library import FLOATS, ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
 from gradkernels.ops.layer_norm import widen
 from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference
 
@@ -36,6 +37,11 @@ SCHEMA_BWD = (
 def step_sizes(x: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
     """The number of rows of each time step."""
     return [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """The rows of a padded or packed tensor: (rows, columns)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def order_of(sizes: list[int], reverse: bool) -> list[int]:
@@ -74,7 +80,7 @@ def lstm_layer_fwd_reference(
     preactivations = widen(x) @ widen(weight_ih).mT
     if bias_ih is not None:
         preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
-    steps = preactivations.flatten(0, -2).split(sizes)
+    steps = rows_of(preactivations).split(sizes)
     ys, gates, cells = ([None] * len(sizes) for _ in range(3))
     for t in order_of(sizes, reverse):
         live = sizes[t]
@@ -152,12 +158,12 @@ def lstm_layer_bwd_reference(
     gradients of weights where `weights` is false or there is no such weight.
     """
     sizes = step_sizes(x, batch_sizes)
-    rows, rows_y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+    rows, rows_y = rows_of(x).double(), rows_of(y).double()
     state = tuple(torch.zeros_like(s) if d is None else d for d, s in ((dh_n, h0), (dc_n, c0)))
     state = (state[0].double(), state[1].double())
     c_previous = previous_rows(cells.double(), c0.double(), sizes, reverse)
     hr = None if weight_hr is None else weight_hr.double()
-    external = None if dy is None else dy.flatten(0, -2)
+    external = None if dy is None else rows_of(dy)
     steps = _through_time(external, state, (weight_hh.double(), hr), gates, cells, c_previous, sizes, reverse)
     dgates, dhs, dcs, recurrent, (dh0, dc0) = steps
     if time_stats is not None:
@@ -188,7 +194,7 @@ def lstm_layer_fwd_fake(
     reverse: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Contiguous y, h_n, c_n, gates, cells."""
-    rows, dtype = x.flatten(0, -2).shape[0], torch.float64 if x.dtype is torch.float64 else torch.float32
+    rows, dtype = math.prod(x.shape[:-1]), torch.float64 if x.dtype is torch.float64 else torch.float32
     saved = (x.new_empty(rows, n, dtype=dtype) for n in (weight_hh.shape[0], c0.shape[1]))
     return x.new_empty(*x.shape[:-1], h0.shape[1]), x.new_empty(h0.shape), x.new_empty(c0.shape), *saved
 
@@ -373,4 +379,5 @@ def lstm_layer(
     if time_stats is not None:
         check_time_stats("lstm_layer", time_stats, x)
     args = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, stats, time_stats)
-    return _lstm_layer_op(*args)
+    with autocast_off(x):
+        return _lstm_layer_op(*args)
