@@ -26,10 +26,10 @@ struct Steps {
       order.push_back(reverse ? T - 1 - t : t);
       before.push_back(reverse ? (t + 1 < T ? t + 1 : -1) : t - 1);
       TORCH_CHECK_VALUE(!batch_sizes || (t == 0 ? size[0] == B : 0 < size[t] && size[t] <= size[t - 1]),
-                        "lstm_layer: batch_sizes must start with B = ", B, " and not increase, got ", size[t], " at ", t);
+                        "lstm_layer: batch_sizes must start with ", B, " and not increase, got ", size[t], " at step ", t);
     }
-    TORCH_CHECK_VALUE(!batch_sizes || offset[T] == x.size(0), "lstm_layer: batch_sizes must add up to the rows of x, ",
-                      x.size(0), ", got ", offset[T]);
+    TORCH_CHECK_VALUE(!batch_sizes || offset[T] == x.size(0), "lstm_layer: batch_sizes must add up to ", x.size(0), ", got ",
+                      offset[T]);
   }
   int64_t num_steps() const { return static_cast<int64_t>(size.size()); }
   int64_t num_rows() const { return offset.back(); }

@@ -34,9 +34,14 @@ SCHEMA_BWD = (
 )
 
 
-def step_sizes(x: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
-    """The number of rows of each time step."""
-    return [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+def step_sizes(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
+    """The number of rows of each time step, or an error where batch_sizes are not those of x and h0."""
+    if batch_sizes is None:
+        return [x.shape[1]] * x.shape[0]
+    sizes, B, rows = batch_sizes.tolist(), h0.shape[0], x.shape[0]
+    if sizes[0] != B or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != rows:
+        raise ArgumentError(f"lstm_layer: batch_sizes must start with {B}, not increase and add up to {rows}, got {sizes}")
+    return sizes
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +81,7 @@ def lstm_layer_fwd_reference(
 
     Both states are carried in float32 (float64) from step to step, whatever the dtype they are given back in.
     """
-    sizes, h, c = step_sizes(x, batch_sizes), widen(h0), widen(c0)
+    sizes, h, c = step_sizes(x, h0, batch_sizes), widen(h0), widen(c0)
     preactivations = widen(x) @ widen(weight_ih).mT
     if bias_ih is not None:
         preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
@@ -157,7 +162,7 @@ def lstm_layer_bwd_reference(
     (1 - tanh^2 c_t); dx = dG W_ih, dW = dG^T (x or h_{t-1}). dx has no elements where `inputs` is false, nor have the
     gradients of weights where `weights` is false or there is no such weight.
     """
-    sizes = step_sizes(x, batch_sizes)
+    sizes = step_sizes(x, h0, batch_sizes)
     rows, rows_y = rows_of(x).double(), rows_of(y).double()
     state = tuple(torch.zeros_like(s) if d is None else d for d, s in ((dh_n, h0), (dc_n, c0)))
     state = (state[0].double(), state[1].double())
@@ -170,7 +175,7 @@ def lstm_layer_bwd_reference(
         measure_steps_reference(dhs, dcs, recurrent, gates.split(sizes), time_stats)
     dg = torch.cat(dgates)
     dx = (dg @ weight_ih.double()).reshape(x.shape).to(x.dtype) if inputs else x.new_empty(0)
-    dweight_ih = dweight_hh = dbias = dweight_hr = x.new_empty(0)
+    dweight_ih, dweight_hh, dbias, dweight_hr = (x.new_empty(0) for _ in range(4))
     if weights:
         dweight_ih = (dg.mT @ rows).to(x.dtype)
         dweight_hh = (dg.mT @ previous_rows(rows_y, h0.double(), sizes, reverse)).to(x.dtype)
