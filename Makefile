@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py pyproject.toml
 
-.PHONY: demo test slow lint format bench clean
+.PHONY: demo test slow lint format bench codegen gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/gradkernels demo
@@ -29,13 +29,21 @@ bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.table --write README.md
 
+codegen: $(VENV)/.built
+	$(BIN)/python -m benchmarks.codegen
+
+# On a machine with a GPU, with the torch and triton that are installed there: nothing is downloaded.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m benchmarks.gpu
+
 clean:
 	rm -rf build *.egg-info gradkernels/_C*.so $(VENV)/.built
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools pybind11 ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest hypothesis expecttest transformers rich matplotlib ruff clang-format
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest hypothesis expecttest transformers rich matplotlib triton ruff clang-format
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

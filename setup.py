@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["csrc/module.cpp", "csrc/autograd.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+SOURCES = [str(path) for folder in ("csrc", "csrc/cpu") for path in sorted(Path(folder).glob("*.cpp"))]
 
 
 def native_build() -> dict:

@@ -29,6 +29,7 @@ ROUND_SECONDS = 0.006
 ROTATE_BYTES = 64 * 2**20  # buffers are rotated until a round trip is larger than this
 BASE = "eager"
 ALLOWED_ERROR = 2.0  # a variant whose error against float64 exceeds this multiple of eager's is not timed
+ORDER_OF_SUMS = 64  # roundings
 
 Tensors = Sequence[torch.Tensor]
 Variant = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
@@ -40,7 +41,7 @@ class Case:
 
     op: str
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     make_inputs: Callable[[], list[torch.Tensor]]
     variants: dict[str, Variant]
     bytes_moved: int
@@ -77,7 +78,8 @@ def gate(case: Case) -> list[str]:
     wide_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = forward_backward(case.variants[BASE], wide_inputs, [dy.double() for dy in dys])
     base = forward_backward(case.variants[BASE], inputs, dys)
-    rounding = torch.finfo(case.dtype).eps
+    # In float64 eager is its own truth, and its error 0: ours may differ by what sums in another order do.
+    rounding = torch.finfo(case.dtype).eps * (ORDER_OF_SUMS if case.dtype is torch.float64 else 1)
     wrong = []
     for name, variant in case.variants.items():
         for got, eager, truth in zip(forward_backward(variant, inputs, dys), base, exact, strict=True):

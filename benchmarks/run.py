@@ -7,12 +7,12 @@ from importlib import import_module
 
 from benchmarks import harness
 
-MODULES = ("gelu", "layer_norm", "add_layer_norm", "residual", "step")
+MODULES = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "step")
 
 
 def show(line: dict) -> None:
     """One figure on one line."""
-    what = f"{line['op']:<15}{line['implementation']:<24}{line['dtype']:<10}{'x'.join(map(str, line['shape'])):<11}"
+    what = f"{line['op']:<22}{line['implementation']:<24}{line['dtype']:<10}{'x'.join(map(str, line['shape'])):<11}"
     if "failed" in line:
         print(f"{what}FAILED: {line['failed']}", flush=True)
         return

@@ -1,33 +1,54 @@
 """Fused kernels whose backward passes measure the gradients flowing through them. See README.md."""
 
+import importlib.util
+
+import torch
+
+from gradkernels import init
 from gradkernels.convert import convert, revert, uncovered
+from gradkernels.functional import lstm
 from gradkernels.library import ArgumentError, implementations
-from gradkernels.nn import GELU, AddLayerNorm, LayerNorm, Residual
+from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
 from gradkernels.ops.add_layer_norm import add_layer_norm
 from gradkernels.ops.gelu import gelu
 from gradkernels.ops.layer_norm import layer_norm
+from gradkernels.ops.lstm_cell import lstm_cell
+from gradkernels.ops.lstm_layer import lstm_layer
 from gradkernels.ops.probe import probe
 from gradkernels.ops.residual import residual, residual_add, residual_fork
-from gradkernels.telemetry import FIELDS, Record, new_stats
+from gradkernels.telemetry import FIELDS, TIME_FIELDS, Record, new_stats, new_time_stats
+from gradkernels.time_profile import TimeProfile
 from gradkernels.watch import Coverage, Watch, watch
+
+if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
+    import gradkernels.triton
 
 __version__ = "0.1.0"
 __all__ = [
     "FIELDS",
     "GELU",
+    "LSTM",
+    "TIME_FIELDS",
     "AddLayerNorm",
     "ArgumentError",
     "Coverage",
+    "LSTMCell",
     "LayerNorm",
     "Record",
     "Residual",
+    "TimeProfile",
     "Watch",
     "add_layer_norm",
     "convert",
     "gelu",
     "implementations",
+    "init",
     "layer_norm",
+    "lstm",
+    "lstm_cell",
+    "lstm_layer",
     "new_stats",
+    "new_time_stats",
     "probe",
     "residual",
     "residual_add",

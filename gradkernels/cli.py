@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from gradkernels.library import implementations
 
@@ -28,9 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     parser = _Parser(prog="gradkernels", description="Fused layers that measure the gradients flowing through them.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    demo = commands.add_parser("demo", help="train a small transformer on a text and show its gradient flow")
+    demo = commands.add_parser(
+        "demo", help="train a small model on a text, or on a task of long lags, and show its gradient flow"
+    )
+    demo.add_argument(
+        "--model", choices=("transformer", "lstm"), default="transformer", help="what learns the text (default: %(default)s)"
+    )
+    demo.add_argument("--task", choices=("adding", "temporal_order"), help="a task for an LSTM instead of a text")
+    demo.add_argument("--length", metavar="T", type=_length, default=400, help="time steps of the task (default: %(default)s)")
+    demo.add_argument(
+        "--init",
+        choices=("default", "forget1", "chrono"),
+        default="chrono",
+        help="initialisation of the task's LSTM (default: %(default)s)",
+    )
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: Python's own documentation)")
-    demo.add_argument("--steps", metavar="N", type=_steps, default=400, help="training steps (default: %(default)s)")
+    demo.add_argument("--steps", metavar="N", type=_steps, help="training steps (default: 400; of a task 3000 at most)")
     demo.add_argument("--out", metavar="DIR", default="run/demo", help="where files go (default: %(default)s)")
     demo.add_argument("--seed", metavar="S", type=_seed, default=0, help="of weights, batches, sample (default: %(default)s)")
     demo.set_defaults(run=_demo, parser=demo)
@@ -45,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _steps(value: str) -> int:
     return _integer(value, 1, sys.maxsize, "a positive integer")
+
+
+def _length(value: str) -> int:
+    return _integer(value, 10, 1_000_000, "an integer from 10 to 1000000")
 
 
 def _seed(value: str) -> int:
@@ -75,7 +92,7 @@ def _demo(options: argparse.Namespace) -> int:
     from gradkernels import demo
 
     try:
-        text = demo.read_text(options.text)
+        text = demo.read_text(options.text) if options.task is None else None
     except ValueError as error:
         fail(f"argument --text: {error}")
     try:
@@ -85,7 +102,10 @@ def _demo(options: argparse.Namespace) -> int:
     source = options.text or "Python's own documentation"
     try:
         with steps_file:
-            demo.run(text, source, options.steps, steps_file, options.seed)
+            if options.task is not None:
+                _task(options, steps_file)
+            else:
+                demo.run(text, source, options.steps or 400, steps_file, options.seed, options.model)
     except KeyboardInterrupt:
         print("gradkernels demo: interrupted", file=sys.stderr)
         return 130
@@ -95,3 +115,10 @@ def _demo(options: argparse.Namespace) -> int:
     except OSError as error:
         fail(f"argument --out: expected a folder that can be written, got {options.out!r}: {error.strerror}")
     return 0
+
+
+def _task(options: argparse.Namespace, steps_file: TextIO) -> None:
+    from gradkernels import demo_task
+
+    steps = options.steps or demo_task.STEPS
+    demo_task.run(options.task, options.length, options.init, steps, steps_file, options.seed)

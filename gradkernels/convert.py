@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import nn
 
 from gradkernels.integrations.transformers import GELU_CLASSES
-from gradkernels.nn import GELU, LayerNorm, _Measuring
+from gradkernels.nn import GELU, LSTM, LayerNorm, LSTMCell, _Measuring
 
-FUSED = {nn.GELU: GELU, nn.LayerNorm: LayerNorm}
+FUSED = {nn.GELU: GELU, nn.LayerNorm: LayerNorm, nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 ORIGINAL = "_gradkernels_original_class"
 LAYER_NAME = re.compile(r"(Norm\d*d?|GELU|GeLU|Activation|LSTM|LSTMCell|GRU|GRUCell|RNN|RNNCell)$")
 LAYER_MODULES = ("activation", "normalization", "batchnorm", "instancenorm", "rnn")
@@ -25,7 +25,8 @@ class Uncovered(NamedTuple):
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """`model` itself, with each layer that has a fused twin turned into it: nn.LayerNorm, nn.GELU and transformers' GELUs.
+    """`model` itself, with each layer that has a fused twin turned into it: nn.LayerNorm, nn.GELU and transformers' GELUs,
+    nn.LSTM and nn.LSTMCell (whose twins are no subclasses of theirs, see `gradkernels.nn.recurrent`).
 
     Only the class of a layer changes: its parameters, buffers, hooks, names, place in state_dict and in optimizers stay.
     A subclass that is not known, a parametrized layer, or one whose `forward` was replaced is left alone: `uncovered(model)`
@@ -45,7 +46,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         original, attributes = module.__dict__.pop(ORIGINAL, (None, ()))
         if original is not None:
-            for name in (*attributes, "stats"):
+            for name in (*attributes, *module.stats_names()):
                 module.__dict__.pop(name, None)
             module.__class__ = original
     return model

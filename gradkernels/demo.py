@@ -1,6 +1,7 @@
-"""What `gradkernels demo` runs: a small transformer learns a text while its gradients are watched; tables, times, a picture.
+"""What `gradkernels demo` runs: a small model learns a text while its gradients are watched; tables, times, pictures.
 
-The files it leaves in its output folder: flow.png, the gradient over depth and time, and step.jsonl, one line a step.
+The files it leaves in its output folder: flow.png, the gradient over depth and training, step.jsonl, one line a step, and for
+an LSTM profile.png and time.png, the gradient over the time steps of its last layer, in the last step and in all of them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any, TextIO
 
 import torch
 
-from gradkernels.demo_model import CONTEXT, LAYERS, PLAIN, CharacterTransformer, cross_entropy, generate
+from gradkernels.demo_model import CONTEXT, MODELS, PLAIN, cross_entropy, generate
 from gradkernels.library import implementations
 from gradkernels.telemetry import Record
+from gradkernels.time_profile import TimeProfile
 from gradkernels.watch import Watch, watch
 
 BATCH, LEARNING_RATE, WARM_UP, CLIP = 16, 3e-3, 20, 1.0
@@ -31,7 +33,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 SHORTEST, LONGEST = 2 * (CONTEXT + 1), 20_000_000  # characters of a text
 ROUNDS = 16  # of the timing
 VARIANTS = ("telemetry on", "telemetry off", "telemetry off, again", "plain PyTorch")
-PICTURE, STEPS = "flow.png", "step.jsonl"
+PICTURE, STEPS, PROFILE, TIME = "flow.png", "step.jsonl", "profile.png", "time.png"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def open_output(folder: str) -> TextIO:
     """step.jsonl in `folder`, which is created, open for writing; files of an earlier demo are gone. Raises OSError."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    (out / PICTURE).unlink(missing_ok=True)
+    for name in (PICTURE, PROFILE, TIME):
+        (out / name).unlink(missing_ok=True)
     return (out / STEPS).open("w", encoding="utf-8")
 
 
@@ -101,24 +104,37 @@ def corpus_of(text: str) -> Corpus:
     return Corpus("".join(alphabet), ids[:-held_out], ids[-held_out:], abs(entropy), folded)
 
 
-def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int) -> None:
-    """Trains, prints what was found and timed, and leaves flow.png beside `steps_file`, which receives a line a step."""
+def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int, name: str = "transformer") -> None:
+    """Trains the model `name`, prints what was found and timed, and leaves pictures beside `steps_file`: a line a step."""
     from gradkernels.report.flow import flow_picture
 
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     corpus = corpus_of(text)
-    model = CharacterTransformer(len(corpus.alphabet))
+    model = MODELS[name](len(corpus.alphabet))
     optimizer = optimizer_of(model)
     watching = watch(model, optimizer)
     print_setting(corpus, f"{source}, {len(text):,} characters", model)
-    history = train(model, optimizer, watching, corpus, steps, generator, steps_file)
+    history, profiles = train(model, optimizer, watching, corpus, steps, generator, steps_file)
     print_learned(model, corpus, generator)
     print(f"\n{watching}\n", flush=True)
     print_times(times(model, optimizer, watching, corpus, min(ROUNDS, steps), generator))
     picture = Path(steps_file.name).with_name(PICTURE)
     flow_picture(history, picture)
     print(f"\nGradient flow, picture: {picture}\nGradient flow, numbers: {steps_file.name}")
+    if profiles:
+        show_time(profiles, picture.parent)
+
+
+def show_time(profiles: list[TimeProfile], out: Path) -> None:
+    """Prints how far the last step's gradient reached, and leaves its picture and that of all steps in `out`."""
+    from gradkernels.report.time import profile_picture, time_picture
+
+    last = profiles[-1]
+    print(f"Gradient over time at {last.site}: reach {last.reach()} of {last.steps}, mean of f {last.forget_mean.mean():.2f}")
+    profile_picture(last, out / PROFILE)
+    time_picture(profiles, out / TIME)
+    print(f"Gradient over time, pictures: {out / PROFILE} {out / TIME}")
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -156,9 +172,12 @@ def train(
     steps: int,
     generator: torch.Generator,
     steps_file: TextIO,
-) -> list[list[Record]]:
-    """dL/dh of every step, first site to last; progress goes to the terminal, each step's numbers to `steps_file`."""
-    history = []
+) -> tuple[list[list[Record]], list[TimeProfile]]:
+    """dL/dh of every step, first site to last, and the profile of the last LSTM layer, if there is one, at every step.
+
+    Progress goes to the terminal, each step's numbers to `steps_file`.
+    """
+    history, profiles = [], []
     start = time.perf_counter()
     with progress(steps) as show:
         for step in range(1, steps + 1):
@@ -168,10 +187,11 @@ def train(
             loss = training_step(model, optimizer, random_windows(corpus.train, generator))
             watching.step(loss)
             history.append(watching.stream())
+            profiles += watching.time_profile()[-1:]
             steps_file.write(step_line(step, float(loss), rate, history[-1]))
             show(step, float(loss), step * BATCH * CONTEXT / (time.perf_counter() - start))
     steps_file.flush()
-    return history
+    return history, profiles
 
 
 def step_line(step: int, loss: float, rate: float, stream: list[Record]) -> str:
@@ -216,7 +236,7 @@ def plain_progress(steps: int) -> Callable[[int, float, float], None]:
 def print_setting(corpus: Corpus, text: str, model: torch.nn.Module) -> None:
     """What is trained on what, and which implementation runs."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"Model: pre-LN character transformer, {LAYERS} layers, {parameters:,} parameters")
+    print(f"Model: {model.DESCRIPTION}, {parameters:,} parameters")
     print(f"Text: {text}, {len(corpus.alphabet)} different")
     if corpus.folded:
         print(f"  (the {corpus.folded} rarest beyond {KINDS} share one unknown symbol)")
@@ -252,7 +272,7 @@ def times(
     "telemetry on" includes watch.step(); "off" is the paused watch, twice, so that the noise shows; "plain PyTorch" is the
     same model, with the same weights, out of torch.nn layers. All of them go on training.
     """
-    plain = CharacterTransformer(len(corpus.alphabet), PLAIN)
+    plain = type(model)(len(corpus.alphabet), PLAIN)
     plain.load_state_dict(model.state_dict())
     plain_optimizer = optimizer_of(plain)
     for group in plain_optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The model of `gradkernels demo`: a small pre-LN character transformer, of fused layers or of plain PyTorch ones."""
+"""The models of `gradkernels demo`: a small character transformer and a character LSTM, fused or of plain PyTorch layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradkernels.nn import GELU, LayerNorm, Residual
+from gradkernels.nn import GELU, LSTM, LayerNorm, Residual
 
 LAYERS, WIDTH, HEADS, CONTEXT = 6, 128, 4, 128
+LSTM_LAYERS, LSTM_WIDTH = 2, 192
 WEIGHT_STD, EMBEDDING_STD = 0.08, 0.8
 
 
@@ -30,15 +31,16 @@ class PlainResidual(nn.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """The three kinds of layer in which the fused model and its plain twin differ; parameters and names are the same."""
+    """The kinds of layer in which the fused model and its plain twin differ; parameters and names are the same."""
 
     layer_norm: Callable[[int], nn.Module]
     gelu: Callable[[], nn.Module]
     residual: Callable[[nn.Module], nn.Module]
+    lstm: Callable[..., nn.Module]
 
 
-FUSED = Layers(LayerNorm, GELU, Residual)
-PLAIN = Layers(nn.LayerNorm, nn.GELU, PlainResidual)
+FUSED = Layers(LayerNorm, GELU, Residual, LSTM)
+PLAIN = Layers(nn.LayerNorm, nn.GELU, PlainResidual, nn.LSTM)
 
 
 class Attention(nn.Module):
@@ -72,6 +74,8 @@ class CharacterTransformer(nn.Module):
     decades toward the input: such a run learns too, and the slope rule warns about it.
     """
 
+    DESCRIPTION = f"pre-LN character transformer, {LAYERS} layers"
+
     def __init__(self, vocabulary: int, layers: Layers = FUSED) -> None:
         super().__init__()
         self.character = nn.Embedding(vocabulary, WIDTH)
@@ -91,6 +95,24 @@ class CharacterTransformer(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         position = self.position(torch.arange(ids.shape[1], device=ids.device))
         return self.head(self.norm(self.blocks(self.character(ids) + position)))
+
+
+class CharacterLSTM(nn.Module):
+    """Logits of the next character: (batch, time) of ids to (batch, time, vocabulary), any time; torch's initialisation."""
+
+    DESCRIPTION = f"character LSTM, {LSTM_LAYERS} layers of {LSTM_WIDTH} units"
+
+    def __init__(self, vocabulary: int, layers: Layers = FUSED) -> None:
+        super().__init__()
+        self.character = nn.Embedding(vocabulary, WIDTH)
+        self.lstm = layers.lstm(WIDTH, LSTM_WIDTH, LSTM_LAYERS, batch_first=True)
+        self.head = nn.Linear(LSTM_WIDTH, vocabulary)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.character(ids))[0])
+
+
+MODELS = {"transformer": CharacterTransformer, "lstm": CharacterLSTM}
 
 
 def cross_entropy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

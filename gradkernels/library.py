@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ except ModuleNotFoundError:  # installed without a C++ compiler; a build that do
 NAMESPACE = "gradkernels"
 VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.grad(is_grads_batched=True)
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -69,6 +71,7 @@ def implement(name: str, kernel: Callable) -> None:
     torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
     does it, so that Inductor plans memory and launches for them as for kernels of its own.
     """
+    ON_CUDA.append(name)
     op = getattr(torch.ops.gradkernels, name).default
     LIBRARY.impl(name, kernel, "CUDA")
 
@@ -108,13 +111,22 @@ def define_autograd(schema: str, python: Callable, differentiable: Callable) -> 
     return call  # not through the dispatcher, under which torch.func could not see the Function
 
 
+def autocast_off(x: torch.Tensor) -> AbstractContextManager:
+    """A context in which products on x's device are computed in the dtype of their arguments, as our ops mean them."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def implementations() -> dict[str, str]:
     """What will run where: {"<op> on <device>": implementation}, so that no fallback is silent.
 
     The reference is plain PyTorch: right, differentiable, with the same statistics, and not fast.
     """
     native = f"C++ ({_C.cpu_capability()})" if _C is not None else "reference (PyTorch): the extension is not built"
-    table = {f"{op} on cpu": native for op in ("gelu", "layer_norm", "add_layer_norm", "residual", "probe")}
+    ops = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "probe")
+    table = {f"{op} on cpu": native for op in ops}
     table["autograd"] = "C++" if _C is not None else "Python: the extension is not built"
+    if ON_CUDA:
+        table.update({f"{op} on cuda": "Triton" for op in ops if any(name.startswith(op) for name in ON_CUDA)})
     table["any op on any other device"] = "reference (PyTorch)"
     return table

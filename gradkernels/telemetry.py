@@ -30,6 +30,20 @@ FIELDS = (
 ABS_MAX = FIELDS.index("abs_max")
 SCALE = 2.0**537
 NUM_CELLS = 1024  # of a row on a GPU, one for each program that may run: four an SM and more
+TIME_FIELDS = (  # of one time step of one direction of an LSTM layer; norms merge by hypot, the rest by +
+    "dh",  # norm of dL/dh_t: dy_t, what comes through W_hh from the step after, and dL/dh_n where t is a sequence's last step
+    "dc",  # norm of dL/dc_t: through c_{t+1}, through h_t, and dL/dc_n
+    "dh_recurrent",  # norm of dG_{t+1} W_hh, the part of dh that comes from the step after
+    "gate_count",  # live rows times H: what the counts and the sum below are out of
+    "input_low",  # elements of i below 0.1
+    "input_high",  # elements of i above 0.9
+    "forget_low",
+    "forget_high",
+    "candidate_high",  # elements of |g| above 0.9
+    "output_low",
+    "output_high",
+    "forget_sum",  # sum of f
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,28 @@ def new_stats(num_ports: int, device: torch.device | str = "cpu") -> torch.Tenso
     """An empty statistics tensor: zeros, float64, (num_ports, cells, len(FIELDS)); 1 cell on a CPU, NUM_CELLS elsewhere."""
     cells = 1 if torch.device(device).type == "cpu" else NUM_CELLS
     return torch.zeros(num_ports, cells, len(FIELDS), dtype=torch.float64, device=device)
+
+
+def new_time_stats(num_steps: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Empty statistics of `num_steps` time steps: zeros, float64, (1 + num_steps, len(TIME_FIELDS)).
+
+    Row 1 + t is step t. Row 0 holds the largest number of steps of a backward call, and the number of such calls. Steps
+    beyond num_steps are not recorded, which row 0 shows.
+    """
+    return torch.zeros(1 + num_steps, len(TIME_FIELDS), dtype=torch.float64, device=device)
+
+
+def check_time_stats(op: str, time_stats: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ArgumentError or TypeError unless `time_stats` is one of `new_time_stats` on x's device."""
+    if time_stats.dtype is not torch.float64:
+        raise TypeError(f"{op}: time_stats must be float64, got {time_stats.dtype}")
+    if time_stats.dim() != 2 or time_stats.shape[0] < 1 or time_stats.shape[1] != len(TIME_FIELDS):
+        expected = f"(1 + steps, fields) = (1 + steps, {len(TIME_FIELDS)})"
+        raise ArgumentError(f"{op}: time_stats must have shape {expected}, got {tuple(time_stats.shape)}")
+    if not time_stats.is_contiguous():
+        raise ArgumentError(f"{op}: time_stats must be contiguous, got strides {time_stats.stride()}")
+    if time_stats.device != x.device:
+        raise ArgumentError(f"{op}: time_stats must be on x's device, {x.device}, got {time_stats.device}")
 
 
 def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str, ...]) -> None:
@@ -117,6 +153,37 @@ def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) ->
     )
     cell += torch.stack([value.double() for value in sums])
     cell[ABS_MAX] = largest
+
+
+def measure_steps_reference(
+    dh: Sequence[torch.Tensor],
+    dc: Sequence[torch.Tensor],
+    dh_recurrent: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
+    time_stats: torch.Tensor,
+) -> None:
+    """Adds every field of TIME_FIELDS, one tensor a step of each (gates: activated i f g o), to `time_stats`, which is written.
+
+    Under vmap nothing is measured: there is no one row that a step of many calls belongs to.
+    """
+    if any(torch._C._functorch.is_batchedtensor(step[0]) for step in (dh, gates)):
+        return
+    time_stats[0, 0] = max(time_stats[0, 0].item(), len(dh))
+    time_stats[0, 1] += 1
+    for t in range(min(len(dh), time_stats.shape[0] - 1)):
+        norms = torch.stack([_norm(v[t].detach().double()) for v in (dh, dc, dh_recurrent)])
+        i, f, g, o = gates[t].detach().double().chunk(4, -1)
+        counts = (i < 0.1, i > 0.9, f < 0.1, f > 0.9, g.abs() > 0.9, o < 0.1, o > 0.9, f)
+        row = time_stats[1 + t]
+        row[:3] = torch.hypot(row[:3], norms)
+        row[3:] += torch.stack([torch.tensor(f.numel(), device=row.device).double(), *(v.double().sum() for v in counts)])
+
+
+def _norm(v: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm, right also where the squares leave float64."""
+    largest = torch.cat([v.abs().flatten(), v.new_zeros(1)]).amax()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return (v / scale).square().sum().sqrt() * scale
 
 
 def measured(reference: Callable, ports: Callable) -> Callable:

@@ -12,26 +12,34 @@ from torch import nn
 
 from gradkernels.convert import Uncovered, convert, uncovered
 from gradkernels.diagnose import slope
-from gradkernels.nn import AddLayerNorm, Residual, _Measuring
+from gradkernels.nn import LSTM, AddLayerNorm, Residual, _Measuring
+from gradkernels.nn.recurrent import make_room
 from gradkernels.ops.probe import PORTS as PROBE_PORTS
-from gradkernels.ops.probe import probe
-from gradkernels.telemetry import FIELDS, Record, merge_cells, record_of
+from gradkernels.ops.probe import fold, probe
+from gradkernels.telemetry import Record, new_stats, new_time_stats, record_of
+from gradkernels.time_profile import TimeProfile, profile_of
 
 WRAPPERS = re.compile(r"(^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 PROBE, STREAM = "probe", "stream"
+TIME_STEPS = 256  # for which an LSTM has room before its first call
 MAX_UNREAD = 256  # finished steps kept before their slopes are read; by then the device is long done with them
 
 
 @dataclass
 class Site:
-    """One instrumented place. `kind`: "probe" (a block's output), "stream" (a fused op on the residual stream), "op"."""
+    """One instrumented place. `kind`: "probe" (a block's output), "stream" (a fused op on the residual stream), "op".
+
+    `part` is what follows "stats" in the name of the module's attribute; `time_stats` is there in a part of an LSTM alone.
+    """
 
     name: str
     module: nn.Module
     kind: str
     ports: tuple[str, ...]
     device: torch.device
+    part: str = ""
     stats: torch.Tensor | None = None
+    time_stats: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        if any(module.__dict__.get("stats") is not None for module in model.modules() if isinstance(module, _Measuring)):
+        if any(_is_watched(module) for module in model.modules() if isinstance(module, _Measuring)):
             raise RuntimeError("watch: model is watched already: close() the other watch first")
         if optimizer is not None:
             _check_optimizer(model, optimizer)
@@ -81,6 +89,7 @@ class Watch:
         self._ordering: list[Any] = []
         self._first_run: list[int] = []
         self._rows: list[torch.Tensor] | None = None
+        self._time_rows: list[tuple[Site, torch.Tensor]] = []
         self._unread: list[list[torch.Tensor]] = []
         self._slopes: list[float | None] = []
         self.sites = _in_registration_order(model, [*_fused_sites(model), *_probe_sites(model)])
@@ -100,9 +109,8 @@ class Watch:
         """
         self._rows = []
         for table in self._tables:
-            rows = merge_cells(table)
-            table.zero_()
-            self._rows.append(rows.to("cpu", non_blocking=True))
+            self._rows.append(fold(table).to("cpu", non_blocking=True))
+        self._time_rows = [(site, _take_time_stats(site)) for site in self.sites if site.time_stats is not None]
         self.step_count += 1
         self.loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
         if self.optimizer is not None:
@@ -131,6 +139,19 @@ class Watch:
         """
         return _stream(self.site_records())
 
+    def time_profile(self, site: str | None = None) -> list[TimeProfile]:
+        """The gradient over the time steps of the last finished step: one TimeProfile for each layer and direction of each
+        LSTM, of those of the site or module `site` alone where it is given; by depth. Empty before the first step.
+
+        Raises ValueError where no LSTM has that name.
+        """
+        names = {name for own in self.sites if own.time_stats is not None for name in (own.name, _module_name(own))}
+        if site is not None and site not in names:
+            raise ValueError(f"time_profile: site must be one of {sorted(names)}, got {site!r}")
+        found = ((own, rows) for own, rows in self._time_rows if site is None or site in (own.name, _module_name(own)))
+        profiles = (profile_of(own.name, own.part, rows) for own, rows in found)
+        return [profile for profile in profiles if profile is not None]
+
     def slopes(self) -> list[float | None]:
         """The dL/dh slope of each finished step, in decades; see `gradkernels.diagnose.slope`."""
         self._read_slopes()
@@ -147,12 +168,12 @@ class Watch:
     def pause(self) -> None:
         """Stops measuring until `resume()`: the kernels run as if telemetry had never been written."""
         for site in self.sites:
-            _set_stats(site, None)
+            _set_stats(site, None, None)
 
     def resume(self) -> None:
         """Measures again after `pause()`."""
         for site, table, first in self._placed:
-            _set_stats(site, table[first : first + len(site.ports)])
+            _set_stats(site, table[first : first + len(site.ports)], site.time_stats)
 
     def close(self) -> None:
         """Ends the watching: no probes, no statistics. Fused layers stay; `gk.revert(model)` takes them back."""
@@ -170,12 +191,14 @@ class Watch:
         self._tables, self._placed = [], []
         for device in dict.fromkeys(site.device for site in self.sites):
             sites = [site for site in self.sites if site.device == device]
-            table = torch.zeros(sum(len(site.ports) for site in sites), 1, len(FIELDS), dtype=torch.float64, device=device)
+            table = new_stats(sum(len(site.ports) for site in sites), device)
             self._tables.append(table)
             first = 0
             for site in sites:
                 self._placed.append((site, table, first))
                 first += len(site.ports)
+                if isinstance(site.module, LSTM):
+                    site.time_stats = new_time_stats(TIME_STEPS, device)
         self.resume()
 
     def _site_records(self, rows: list[torch.Tensor]) -> list[tuple[Site, Record]]:
@@ -246,7 +269,27 @@ def _fused_sites(model: nn.Module) -> Iterator[Site]:
     for path, module in model.named_modules():
         if isinstance(module, _Measuring):
             kind = STREAM if isinstance(module, Residual | AddLayerNorm) else "op"
-            yield Site(site_name(path), module, kind, module.PORTS, _device_of(model, module))
+            for part in module.parts:
+                name = site_name(path) + part.replace("_l", ".l", 1)
+                yield Site(name, module, kind, module.PORTS, _device_of(model, module), part)
+
+
+def _is_watched(module: _Measuring) -> bool:
+    return any(module.__dict__.get(name) is not None for name in module.stats_names())
+
+
+def _module_name(site: Site) -> str:
+    """The name of the site's module: the site's own, unless that names a part."""
+    return site.name.removesuffix(site.part.replace("_l", ".l", 1))
+
+
+def _take_time_stats(site: Site) -> torch.Tensor:
+    """What the site's time steps measured; counting starts again from zero, with room for as many steps as were seen."""
+    rows = site.time_stats.clone()
+    if rows.device.type == "cpu":
+        make_room(site.time_stats, int(rows[0, 0]))
+    site.time_stats.zero_()
+    return rows
 
 
 def _probe_sites(model: nn.Module) -> Iterator[Site]:
@@ -326,10 +369,12 @@ def _on_run(site: Site, note: Callable[[torch.Tensor], None]) -> Any:
     """A hook that calls note(x) when the site runs: with an op's input before it, with a block's output after it."""
     if site.kind == PROBE:
         return site.module.register_forward_hook(_Hook(lambda module, args, output: note(_first_tensor(output))))
-    return site.module.register_forward_pre_hook(_Hook(lambda module, args: note(args[0] if args else None)))
+    return site.module.register_forward_pre_hook(_Hook(lambda module, args: note(_first_tensor(args[0]) if args else None)))
 
 
-def _set_stats(site: Site, stats: torch.Tensor | None) -> None:
+def _set_stats(site: Site, stats: torch.Tensor | None, time_stats: torch.Tensor | None) -> None:
     site.stats = stats
     if site.kind != PROBE:
-        site.module.stats = stats
+        setattr(site.module, f"stats{site.part}", stats)
+    if site.time_stats is not None:
+        setattr(site.module, f"time_stats{site.part}", time_stats)

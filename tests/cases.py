@@ -148,6 +148,10 @@ def make_case(op, *shape, dtype=torch.float32, scale=1.0):
         return layer_norm_case(x, weight, bias, dy)
     if op == "add_layer_norm":
         return add_layer_norm_case(x, randn(*shape, dtype=dtype), weight, bias, dy, dy.flip(0).neg())
+    if op in ("lstm_layer", "lstm_cell"):
+        from lstm_cases import recurrent_case
+
+        return recurrent_case(op, *shape, dtype=dtype, scale=scale)
     if op == "residual":
         return residual_case(x, dy, 0.75 * dy.flip(0))
     return gelu_case(x, dy) if op == "gelu" else probe_case(x, dy)

@@ -18,7 +18,6 @@ import gradkernels as gk  # noqa: E402
 import gradkernels.triton  # noqa: E402
 
 
-
 def round_to_bfloat16(values, source, target, rounding_mode):
     """The interpreter's conversion, but to the nearest even bfloat16, as a GPU converts; its own rounds ties away."""
     if (source, target) == (tl.float32, tl.bfloat16):

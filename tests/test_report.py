@@ -14,7 +14,9 @@ import gradkernels as gk
 from gradkernels.diagnose import Severity, slope, slope_finding
 from gradkernels.report.flow import UNDEFINED_COLOUR, ZERO_COLOUR, flow_picture
 from gradkernels.report.terminal import COLUMNS
+from gradkernels.report.time import _decades, profile_picture, time_picture
 from gradkernels.telemetry import Record
+from gradkernels.time_profile import profile_of
 
 
 def record(site: str, norm: float, nonfinite_count: int = 0) -> Record:
@@ -190,3 +192,32 @@ def test_picture_of_nothing(tmp_path: Path) -> None:
     for history in ([], [[], []]):
         with pytest.raises(ValueError, match="history must hold at least one record"):
             flow_picture(history, tmp_path / "flow.png")
+
+
+def time_profile(dc, part="_l0"):
+    """A profile whose |dc| is given by time step, with some gates."""
+    time_stats = gk.new_time_stats(len(dc))
+    time_stats[0, 0] = len(dc)
+    time_stats[1:] = torch.rand(len(dc), len(gk.TIME_FIELDS), dtype=torch.float64)
+    time_stats[1:, gk.TIME_FIELDS.index("dc")] = torch.tensor(dc, dtype=torch.float64)
+    return profile_of("net.lstm.l0", part, time_stats)
+
+
+@pytest.mark.parametrize("dc", [[1e-9, 1e-5, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0], [float("nan"), 1.0], [1.0], [1e-300, 1e300]])
+@pytest.mark.parametrize("part", ["_l0", "_l0_reverse"])
+def test_time_pictures(tmp_path, dc, part):
+    profile_picture(time_profile(dc, part), tmp_path / "profile.png")
+    time_picture([time_profile(dc, part), time_profile([1.0, *dc])], tmp_path / "time.png")
+    for name in ("profile.png", "time.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_picture_shows_lags_and_zeros():
+    """Lag 0 is the end of the sequence, or its beginning in the reverse direction; an exact 0 lies under the colours."""
+    assert _decades(time_profile([0.0, 1e-20, 1e-3, 1.0])).tolist() == [0.0, -3.0, -8.0, -16.0]
+    assert _decades(time_profile([1.0, 1e-3], "_l0_reverse")).tolist() == [0.0, -3.0]
+
+
+def test_time_picture_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"^time_picture: history must hold at least one profile, got none$"):
+        time_picture([], tmp_path / "time.png")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lstm_cases import plain_cell, plain_layer
 
 import gradkernels as gk
 
@@ -13,7 +14,18 @@ N = 5
 def ops():
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(2, N, generator=generator, dtype=torch.float64)
+    recurrent = torch.randn(4 * N, N, generator=generator, dtype=torch.float64) / N
+    weights, state = (recurrent, recurrent.flip(0), None, None), (weight.expand(2, N), bias.expand(2, N))
+
+    def layer(function):
+        return lambda x: function(torch.stack([x, x.sin()], 1).squeeze(-2)[-3:, :2], *state, *weights, None)[0]
+
     return {
+        "lstm_layer": (layer(gk.lstm_layer), layer(plain_layer)),
+        "lstm_cell": (
+            lambda x: sum(gk.lstm_cell(x, x.sin(), x.cos(), *weights)),
+            lambda x: sum(plain_cell(x, x.sin(), x.cos(), *weights)),
+        ),
         "gelu": (gk.gelu, F.gelu),
         "gelu tanh": (lambda x: gk.gelu(x, "tanh"), lambda x: F.gelu(x, approximate="tanh")),
         "layer_norm": (lambda x: gk.layer_norm(x, (N,), weight, bias), lambda x: F.layer_norm(x, (N,), weight, bias)),

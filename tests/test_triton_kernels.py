@@ -21,13 +21,13 @@ from checks import (
 )
 
 import gradkernels as gk
-from gradkernels.ops import OPS
 from gradkernels.telemetry import merge_cells
 from gradkernels.testing import DTYPES, lay_out, randn
 
 pytestmark = pytest.mark.skipif("on_triton" not in sys.modules, reason="run by test_triton.py in a process of its own")
 POINTWISE = ("gelu", "residual", "probe")
 NORMS = ("layer_norm", "add_layer_norm")
+OPS = (*POINTWISE, *NORMS)
 HALVES = (torch.bfloat16, torch.float16)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,8 +14,10 @@ VECTOR_BYTES = 16  # one access
 REGISTERS = 64  # with statistics, a thread, so that four programs are resident an SM
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
-    """Runs the kernel on the current stream of the current device, or puts the launch into the graph that is being traced.
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any
+) -> None:
+    """Runs the kernel on the current stream of its tensors' device, or puts the launch into the graph that is being traced.
 
     maxnreg: the registers a thread may take. It is NVIDIA's, and Inductor does not pass it on: a compiled graph launches the
     same kernel without it.
@@ -28,7 +29,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, maxnr
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     if maxnreg is not None and not torch.version.hip:
         options["maxnreg"] = maxnreg
-    run(kernel, grid, args, constants, options)
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+        run(kernel, grid, args, constants, options)
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> None:

@@ -225,7 +225,9 @@ def norm_bwd_kernel(
         if dy_ptr is not None:
             record_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
-            record_rows(dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N)
+            record_rows(
+                dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
+            )
         record_rows(dx_row, stats_ptr, DX_PORT, num_cells, dx_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
@@ -298,7 +300,9 @@ def norm_bwd_looped_kernel(
         if dy_ptr is not None:
             record_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
-            record_rows(dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N)
+            record_rows(
+                dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
+            )
         record_rows(dx_row, stats_ptr, DX_PORT, num_cells, dx_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 

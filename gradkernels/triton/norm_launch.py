@@ -60,7 +60,9 @@ def shape_of(N: int, dtype: torch.dtype, backward: bool, residual: bool = False)
         block_m = 4 if backward else 1
         return Shape(block_m, LOOPED_WARPS * 32 * per_thread // block_m, LOOPED_WARPS, True, 160)
     num_warps = min(16, max(4, block_n // (32 * per_thread)))
-    return Shape(max(1, num_warps * 32 * per_thread // block_n), block_n, num_warps, False, 160 if residual and num_warps == 4 else 128)
+    return Shape(
+        max(1, num_warps * 32 * per_thread // block_n), block_n, num_warps, False, 160 if residual and num_warps == 4 else 128
+    )
 
 
 def num_programs(num_rows: int, shape: Shape, device: torch.device) -> int:

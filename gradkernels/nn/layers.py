@@ -1,28 +1,15 @@
-"""The drop-in modules. Each is its torch.nn twin (constructor, parameters, state_dict, repr) with a measuring backward.
-
-`stats` is a plain attribute, not a buffer: None (nothing is measured) until `gk.watch` or the user sets a statistics
-tensor. It is absent from state_dict, and a copy or a pickle of the module does not carry it.
-"""
+"""GELU, LayerNorm, AddLayerNorm, Residual."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from gradkernels.nn.measuring import _Measuring
 from gradkernels.ops import add_layer_norm as add_layer_norm_op
 from gradkernels.ops import gelu as gelu_op
 from gradkernels.ops import layer_norm as layer_norm_op
 from gradkernels.ops import residual as residual_op
-
-
-class _Measuring(nn.Module):
-    """A module with a `stats` attribute, for the ports named in PORTS."""
-
-    PORTS: tuple[str, ...] = ()
-    stats: torch.Tensor | None = None
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in super().__getstate__().items() if name != "stats"}
 
 
 class GELU(_Measuring, nn.GELU):

@@ -1,0 +1,222 @@
+// The backward pass through time. A thread owns units (with a projection, also outputs): it turns dh and dc of its units into
+// dG, meets the others, and multiplies all of dG by W_hh into its columns of the dh that the step before receives.
+//
+// A gradient that vanishes would leave float32 after some hundred steps, and with it every norm. So dh and dc are carried
+// times a power of two, chosen anew at each step from the largest magnitude of the step after; what is written to memory is
+// scaled back. Within float32's range that changes no bit, with or without statistics.
+// Included inside namespace gk::GK_ISA after lstm_gates.h, once per instruction set; no include guard.
+
+template <typename A>
+struct Scale {
+  static constexpr int SPAN = 32;                             // magnitudes from 2^-SPAN to 2^SPAN are left as they are
+  static constexpr int LARGEST = sizeof(A) == 4 ? 100 : 900;  // exponent in which what comes from outside can be scaled too
+
+  int64_t exponent = 0;
+  A carried = 1, incoming = 1, back = 1;  // factors of what this scale's predecessor carried, of dy, and of what is written
+
+  void choose(A largest, A largest_incoming) {
+    int64_t wanted = exponent;
+    if (!(largest > 0 && largest <= std::numeric_limits<A>::max())) {
+      wanted = 0;
+    } else if (const int power = std::ilogb(largest); power < -SPAN || power > SPAN) {
+      wanted = std::max<int64_t>(0, std::min<int64_t>(exponent - power, exponent + LARGEST));
+    }
+    if (largest_incoming != 0) {
+      const bool finite = largest_incoming <= std::numeric_limits<A>::max();
+      const int64_t most = finite ? std::min<int64_t>(LARGEST, SPAN - std::ilogb(largest_incoming)) : 0;
+      wanted = std::max<int64_t>(0, std::min(wanted, most));
+    }
+    carried = std::ldexp(A(1), static_cast<int>(wanted - exponent));
+    incoming = wanted <= LARGEST ? std::ldexp(A(1), static_cast<int>(wanted)) : A(0);
+    back = std::ldexp(A(1), static_cast<int>(-wanted));
+    exponent = wanted;
+  }
+};
+
+template <typename A>
+static A largest_of(const A* p, int64_t count, A largest) {
+  for (int64_t k = 0; k < count; ++k) largest = std::fabs(p[k]) > largest || p[k] != p[k] ? std::fabs(p[k]) : largest;
+  return largest;
+}
+
+// The largest magnitude that step t receives from outside: dy, and dh_n and dc_n of the sequences that end there, which dh and
+// dc still hold.
+template <typename A>
+static A largest_incoming(const LstmBackward<A>& p, int64_t t, int64_t live) {
+  const int64_t size = p.steps.size[t], joined = std::max<int64_t>(0, size - live);
+  A largest = p.dy ? largest_of(p.dy + p.steps.offset[t] * p.P, size * p.P, A(0)) : A(0);
+  largest = largest_of(p.dh + live * p.P, joined * p.P, largest);
+  return largest_of(p.dc + live * p.H, joined * p.H, largest);
+}
+
+// Sums of squares, in float64: no float32 is too small or too large for them.
+template <typename A>
+struct Squares {
+  Vec<double> sum{};
+  GK_INLINE void add(Vec<A> v) {
+    if constexpr (sizeof(A) == 8) {
+      sum += v * v;
+    } else {
+      typedef float Half __attribute__((vector_size(GK_VECTOR_BYTES / 2)));
+      Half halves[2];
+      __builtin_memcpy(halves, &v, sizeof(v));
+      const auto low = __builtin_convertvector(halves[0], Vec<double>), high = __builtin_convertvector(halves[1], Vec<double>);
+      sum += low * low;
+      sum += high * high;
+    }
+  }
+};
+
+// What one thread measures of one step. Counters are vectors of -1 for every lane that counts.
+template <typename A>
+struct StepMeasure {
+  typedef typename Lanes<A>::integer Integer;
+  Squares<A> dh, dc, dh_recurrent;
+  Integer counts[7] = {};
+  Vec<A> forget{};
+  int64_t empty = 0;  // lanes beyond the last unit, which are zeros: low, all of them
+
+  GK_INLINE void add_gates(Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> o, int64_t count) {
+    counts[0] += (Integer)(i < A(0.1));
+    counts[1] += (Integer)(i > A(0.9));
+    counts[2] += (Integer)(f < A(0.1));
+    counts[3] += (Integer)(f > A(0.9));
+    counts[4] += (Integer)(magnitude<A>(g) > A(0.9));
+    counts[5] += (Integer)(o < A(0.1));
+    counts[6] += (Integer)(o > A(0.9));
+    forget += f;
+    empty += std::max<int64_t>(0, WIDTH<A> - count);
+  }
+  void finish(StepSums& sums) const {
+    sums.dh = sum<double>(dh.sum);
+    sums.dc = sum<double>(dc.sum);
+    sums.dh_recurrent = sum<double>(dh_recurrent.sum);
+    for (int c = 0; c < 7; ++c) {
+      for (int64_t lane = 0; lane < WIDTH<A>; ++lane) sums.counts[c] -= static_cast<double>(counts[c][lane]);
+    }
+    for (int c : {0, 2, 5}) sums.counts[c] -= static_cast<double>(empty);
+    for (int64_t lane = 0; lane < WIDTH<A>; ++lane) sums.forget += static_cast<double>(forget[lane]);
+  }
+};
+
+// The total dh of a step: what is carried, and dy. `live` rows have been carried; the others hold dh_n.
+template <typename A, bool TELEMETRY>
+static GK_INLINE Vec<A> total_dh(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t b, int64_t live, int64_t j,
+                                 StepMeasure<A>& measure) {
+  const int64_t count = p.P - j;
+  const Vec<A> before = load_first(p.dh + b * p.P + j, count);
+  if (TELEMETRY && b < live) measure.dh_recurrent.add(before);
+  Vec<A> total = before * (b < live ? scale.carried : scale.incoming);
+  if (p.dy) total += load_first(p.dy + (p.steps.offset[t] + b) * p.P + j, count) * scale.incoming;
+  return total;
+}
+
+// With a projection: the total dh of a step, and through W_hr the gradient dm of o tanh(c).
+template <typename A, bool TELEMETRY>
+static void project(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t live, Share outputs,
+                    StepMeasure<A>& measure) {
+  for (int64_t b = 0; b < p.steps.size[t]; ++b) {
+    for (int64_t j = outputs.begin; j < outputs.end; j += WIDTH<A>) {
+      const Vec<A> total = total_dh<A, TELEMETRY>(p, scale, t, b, live, j, measure);
+      if (TELEMETRY) measure.dh.add(total);
+      store_first(p.dh_scaled + b * p.P + j, total, p.P - j);
+      store_first(p.dh_total + (p.steps.offset[t] + b) * p.P + j, total * scale.back, p.P - j);
+    }
+  }
+}
+
+// dG of one step, from dh (dm with a projection) and dc, which moves on to the step before. Returns the largest magnitude.
+template <typename A, bool TELEMETRY>
+static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t live, Share units, A* scaled,
+                        StepMeasure<A>& measure) {
+  const int64_t H = p.H, first = p.steps.offset[t], last = p.steps.before[t] < 0 ? 0 : p.steps.offset[p.steps.before[t]];
+  const int64_t continued = p.steps.continued(t), stride = 4 * H + PADDING;
+  Vec<A> largest{};
+  for (int64_t b = 0; b < p.steps.size[t]; ++b) {
+    const A* gates = p.gates + (first + b) * 4 * H;
+    const A* cells = p.cells + (first + b) * H;
+    const A* previous = b < continued ? p.cells + (last + b) * H : p.c0 + b * H;
+    const A carried = b < live ? scale.carried : scale.incoming;
+    A* dgates = p.dgates + (first + b) * stride;
+    for (int64_t j = units.begin; j < units.end; j += WIDTH<A>) {
+      const int64_t count = H - j;
+      const Vec<A> i = load_first(gates + j, count), f = load_first(gates + H + j, count),
+                   g = load_first(gates + 2 * H + j, count), o = load_first(gates + 3 * H + j, count);
+      const Vec<A> m = hyperbolic_tangent<A>(load_first(cells + j, count));
+      const Vec<A> dh =
+          p.weight_hr ? load_first(p.dm + b * H + j, count) : total_dh<A, TELEMETRY>(p, scale, t, b, live, j, measure);
+      const Vec<A> dc = load_first(p.dc + b * H + j, count) * carried + dh * o * (A(1) - m * m);
+      largest = higher_magnitude<A>(dc, higher_magnitude<A>(dh, largest));
+      if (TELEMETRY) {
+        if (!p.weight_hr) measure.dh.add(dh);
+        measure.dc.add(dc);
+        measure.add_gates(i, f, g, o, count);
+      }
+      const Vec<A> dg[4] = {dc * g * (i * (A(1) - i)), dc * load_first(previous + j, count) * (f * (A(1) - f)),
+                            dc * i * (A(1) - g * g), dh * m * (o * (A(1) - o))};
+      for (int gate = 0; gate < 4; ++gate) store_first(dgates + gate * H + j, dg[gate] * scale.back, count);
+      if (scale.exponent != 0) {
+        for (int gate = 0; gate < 4; ++gate) store_first(scaled + b * stride + gate * H + j, dg[gate], count);
+      }
+      store_first(p.dc + b * H + j, dc * f, count);
+      if (p.m) store_first(p.m + (first + b) * H + j, o * m, count);
+    }
+  }
+  return max<A>(largest);
+}
+
+// Rows [begin, end) of a carried state leave the loop: their scale is taken off.
+template <typename A>
+static void scale_back(A* state, int64_t columns, Share share, int64_t begin, int64_t end, A back) {
+  if (back == 1) return;
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t j = share.begin; j < share.end; ++j) state[b * columns + j] *= back;
+  }
+}
+
+template <typename A, bool TELEMETRY>
+static void walk_back(const LstmBackward<A>& p, int thread, int threads, Barrier& barrier) {
+  const Steps& steps = p.steps;
+  const int64_t H = p.H, P = p.P, T = steps.num_steps(), stride = 4 * H + PADDING;
+  const Share units = share_of<A>(H, thread, threads), outputs = share_of<A>(P, thread, threads);
+  pack_columns(p.weight_hh, P, 1, 4 * H, P, outputs, p.packed_hh);
+  if (p.weight_hr) pack_columns(p.weight_hr, H, 1, P, H, units, p.packed_hr);
+  Scale<A> scale;
+  A largest = largest_incoming(p, steps.order[T - 1], 0);
+  int64_t live = 0;
+  for (int64_t n = 0; n < T; ++n) {
+    const int64_t t = steps.order[T - 1 - n], size = steps.size[t];
+    if (size < live) {
+      scale_back(p.dh, P, outputs, size, live, scale.back);
+      scale_back(p.dc, H, units, size, live, scale.back);
+      live = size;
+    }
+    // Scanning what comes in takes time, and is only needed where something has vanished.
+    const bool scaling = n == 0 || scale.exponent != 0 || (largest > 0 && std::ilogb(largest) < -Scale<A>::SPAN);
+    scale.choose(largest, scaling ? (n == 0 ? largest : largest_incoming(p, t, live)) : A(0));
+    if (scaling) barrier.wait(threads);  // nobody writes to dc before all have read it
+    StepMeasure<A> measure;
+    if (p.weight_hr) {
+      project<A, TELEMETRY>(p, scale, t, live, outputs, measure);
+      barrier.wait(threads);
+      multiply_columns(p.dh_scaled, P, p.packed_hr, P, size, H, units, p.dm);
+    }
+    A* scaled = p.dgates_scaled + n % 2 * steps.B * stride;
+    A* seen = p.largest + n % 2 * threads;
+    seen[thread] = gates_backward<A, TELEMETRY>(p, scale, t, live, units, scaled, measure);
+    if (TELEMETRY) measure.finish(p.sums[t * threads + thread]);
+    if (TELEMETRY && thread == 0) p.exponent[t] = scale.exponent;
+    barrier.wait(threads);
+    largest = largest_of(seen, threads, A(0));
+    const A* dg = scale.exponent != 0 ? scaled : p.dgates + steps.offset[t] * stride;
+    multiply_columns(dg, stride, p.packed_hh, 4 * H, size, P, outputs, p.dh);
+    live = size;
+  }
+  scale_back(p.dh, P, outputs, 0, live, scale.back);
+  scale_back(p.dc, H, units, 0, live, scale.back);
+}
+
+template <typename A>
+static void lstm_backward(const LstmBackward<A>& p, bool telemetry, int thread, int threads, Barrier& barrier) {
+  (telemetry ? walk_back<A, true> : walk_back<A, false>)(p, thread, threads, barrier);
+}

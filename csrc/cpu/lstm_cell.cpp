@@ -1,0 +1,148 @@
+// One step of an LSTM. Its products are PyTorch's, for weights packed for one step alone would cost what they save; the loops
+// here turn the products into gates and states, and back.
+#include "lstm.h"
+
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#ifndef GK_ISA
+namespace gk {
+
+template <typename A>
+struct CellForward {
+  const A *c, *bias_ih, *bias_hh;  // biases: null where there are none
+  A *gates, *h_next, *c_next;      // gates: x W_ih^T + h W_hh^T on entry, activated on return
+  int64_t H;
+};
+
+template <typename A>
+struct CellBackward {
+  const A *dh_next, *dc_next, *c, *gates;  // either gradient: null where none came
+  A *dgates, *dc;
+  int64_t H;
+};
+
+}  // namespace gk
+#endif
+
+#define GK_SOURCE "lstm_cell.cpp"
+#include "each_isa.h"
+
+#ifdef GK_ISA
+namespace gk::GK_ISA {
+#include "vec.h"
+
+#include "lstm_gates.h"
+
+template <typename A>
+static void cell_forward(const CellForward<A>& p, int64_t begin, int64_t end) {
+  const int64_t H = p.H;
+  for (int64_t b = begin; b < end; ++b) {
+    A* gates = p.gates + b * 4 * H;
+    for (int64_t j = 0; j < H; j += WIDTH<A>) {
+      const int64_t count = H - j;
+      Vec<A> v[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        v[gate] = load_first(gates + gate * H + j, count);
+        if (p.bias_ih) v[gate] += load_first(p.bias_ih + gate * H + j, count) + load_first(p.bias_hh + gate * H + j, count);
+        v[gate] = gate == 2 ? hyperbolic_tangent<A>(v[gate]) : logistic<A>(v[gate]);
+        store_first(gates + gate * H + j, v[gate], count);
+      }
+      const Vec<A> c = v[1] * load_first(p.c + b * H + j, count) + v[0] * v[2];
+      store_first(p.c_next + b * H + j, c, count);
+      store_first(p.h_next + b * H + j, v[3] * hyperbolic_tangent<A>(c), count);
+    }
+  }
+}
+
+template <typename A>
+static void cell_backward(const CellBackward<A>& p, int64_t begin, int64_t end) {
+  const int64_t H = p.H;
+  for (int64_t b = begin; b < end; ++b) {
+    const A* gates = p.gates + b * 4 * H;
+    A* dgates = p.dgates + b * 4 * H;
+    for (int64_t j = 0; j < H; j += WIDTH<A>) {
+      const int64_t count = H - j, at = b * H + j;
+      const Vec<A> i = load_first(gates + j, count), f = load_first(gates + H + j, count),
+                   g = load_first(gates + 2 * H + j, count), o = load_first(gates + 3 * H + j, count);
+      const Vec<A> c = load_first(p.c + at, count), m = hyperbolic_tangent<A>(f * c + i * g);
+      const Vec<A> dh = p.dh_next ? load_first(p.dh_next + at, count) : Vec<A>{};
+      const Vec<A> dc = dh * o * (A(1) - m * m) + (p.dc_next ? load_first(p.dc_next + at, count) : Vec<A>{});
+      store_first(dgates + j, dc * g * (i * (A(1) - i)), count);
+      store_first(dgates + H + j, dc * c * (f * (A(1) - f)), count);
+      store_first(dgates + 2 * H + j, dc * i * (A(1) - g * g), count);
+      store_first(dgates + 3 * H + j, dh * m * (o * (A(1) - o)), count);
+      store_first(p.dc + at, dc * f, count);
+    }
+  }
+}
+}  // namespace gk::GK_ISA
+#else
+namespace gk {
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& h, const Tensor& c_any, const Tensor& weight_ih,
+                                                 const Tensor& weight_hh, const OptionalTensor& bias_ih_any,
+                                                 const OptionalTensor& bias_hh_any) {
+  const int64_t B = h.size(0), H = h.size(1);
+  const Tensor c = widened(c_any), bias_ih = widened(bias_ih_any), bias_hh = widened(bias_hh_any);
+  Tensor gates = at::mm(widened(x), widened(weight_ih).t());
+  gates.addmm_(widened(h), widened(weight_hh).t());
+  const Tensor h_next = at::empty(c.sizes(), c.options()), c_next = at::empty(c.sizes(), c.options());
+  AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "lstm_cell_fwd", [&] {
+    const CellForward<scalar_t> p{pointer<scalar_t>(c),
+                                  pointer<scalar_t>(bias_ih),
+                                  pointer<scalar_t>(bias_hh),
+                                  writable<scalar_t>(gates),
+                                  writable<scalar_t>(h_next),
+                                  writable<scalar_t>(c_next),
+                                  H};
+    const auto loop = GK_CHOOSE((cell_forward<scalar_t>));
+    for_each_program(num_programs(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
+  });
+  return {h_next.to(x.scalar_type()), c_next.to(x.scalar_type()), gates};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_next, const Tensor& x, const Tensor& h,
+                        const Tensor& c_any, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                        const OptionalTensor&, const Tensor& gates, bool inputs, bool weights, const OptionalTensor& stats) {
+  const int64_t B = h.size(0), H = h.size(1);
+  const auto dtype = x.scalar_type();
+  const Tensor c = widened(c_any), wide_dh = widened(dh_next), wide_dc = widened(dc_next);
+  const Tensor dg = at::empty(gates.sizes(), gates.options()), dc_wide = at::empty(c.sizes(), c.options());
+  AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "lstm_cell_bwd", [&] {
+    const CellBackward<scalar_t> p{pointer<scalar_t>(wide_dh),
+                                   pointer<scalar_t>(wide_dc),
+                                   pointer<scalar_t>(c),
+                                   pointer<scalar_t>(gates),
+                                   writable<scalar_t>(dg),
+                                   writable<scalar_t>(dc_wide),
+                                   H};
+    const auto loop = GK_CHOOSE((cell_backward<scalar_t>));
+    for_each_program(num_programs(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
+  });
+  const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
+  const Tensor dx = inputs ? at::mm(dg, widened(weight_ih)).to(dtype) : none();
+  const Tensor dh = at::mm(dg, widened(weight_hh)).to(dtype), dc = dc_wide.to(dtype);
+  const Tensor dweight_ih = weights ? at::mm(dg.t(), widened(x)).to(dtype) : none();
+  const Tensor dweight_hh = weights ? at::mm(dg.t(), widened(h)).to(dtype) : none();
+  const Tensor dbias = weights && bias_ih ? dg.sum(0).to(dtype) : none();
+  if (stats) {
+    const bool there[] = {dh_next.has_value(), dc_next.has_value(), inputs, true, true, weights, weights, weights && bias_ih};
+    const Tensor* ports[] = {
+        dh_next ? &*dh_next : nullptr, dc_next ? &*dc_next : nullptr, &dx, &dh, &dc, &dweight_ih, &dweight_hh, &dbias};
+    for (int64_t port = 0; port < 8; ++port) {
+      if (there[port]) measure(*ports[port], *stats, port);
+    }
+  }
+  return {dx, dh, dc, dweight_ih, dweight_hh, dbias};
+}
+
+}  // namespace gk
+
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
+  m.impl("lstm_cell_fwd", gk::lstm_cell_fwd);
+  m.impl("lstm_cell_bwd", gk::lstm_cell_bwd);
+}
+#endif

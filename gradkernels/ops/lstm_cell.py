@@ -1,0 +1,222 @@
+"""One step of an LSTM: i, f, o = sigmoid, g = tanh of x W_ih^T + b_ih + h W_hh^T + b_hh; c' = f c + i g, h' = o tanh(c')."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from gradkernels.library import ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
+from gradkernels.ops.layer_norm import widen
+from gradkernels.ops.lstm_layer import check_lstm_weights
+from gradkernels.telemetry import check_stats, measured
+
+PORTS = ("dh_next", "dc_next", "dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias")
+INPUTS = "Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
+GRADIENTS = "Tensor dx, Tensor dh, Tensor dc, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias"
+SCHEMA = f"lstm_cell({INPUTS}, Tensor? stats) -> (Tensor h_next, Tensor c_next)"
+SCHEMA_FWD = f"lstm_cell_fwd({INPUTS}) -> (Tensor h_next, Tensor c_next, Tensor gates)"
+SCHEMA_BWD = (
+    f"lstm_cell_bwd(Tensor? dh_next, Tensor? dc_next, {INPUTS}, Tensor gates, bool inputs, bool weights, "
+    f"Tensor(a!)? stats) -> ({GRADIENTS})"
+)
+
+
+def lstm_cell_fwd_reference(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h_next, c_next in x's dtype, computed in float32 (float64 for float64); gates (B, 4H: i f g o, activated) in that."""
+    preactivations = widen(x) @ widen(weight_ih).mT + widen(h) @ widen(weight_hh).mT
+    if bias_ih is not None:
+        preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
+    i, f, g, o = preactivations.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c_next = f * widen(c) + i * g
+    h_next = o * c_next.tanh()
+    return h_next.to(x.dtype), c_next.to(x.dtype), torch.cat([i, f, g, o], -1)
+
+
+def lstm_cell_bwd_reference(
+    dh_next: torch.Tensor | None,
+    dc_next: torch.Tensor | None,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    gates: torch.Tensor,
+    inputs: bool,
+    weights: bool,
+) -> tuple[torch.Tensor, ...]:
+    """dx, dh, dc, dweight_ih, dweight_hh, dbias (of either bias), in the dtype of what they belong to.
+
+    With dG the gradient of the preactivations: dx = dG W_ih, dh = dG W_hh, dW = dG^T (x or h), dbias = its sum over the rows;
+    dc = f (dc_next + dh_next o (1 - tanh^2 c_next)). dx has no elements where `inputs` is false, nor have the gradients of
+    weights where `weights` is false or there is no such weight.
+    """
+    i, f, g, o = gates.chunk(4, -1)
+    wide_c = widen(c)
+    m = (f * wide_c + i * g).tanh()
+    wide_dh = torch.zeros_like(m) if dh_next is None else widen(dh_next)
+    total = wide_dh * o * (1 - m * m) + (0 if dc_next is None else widen(dc_next))
+    parts = (total * g * i * (1 - i), total * wide_c * f * (1 - f), total * i * (1 - g * g), wide_dh * m * o * (1 - o))
+    dg = torch.cat(parts, -1)
+    dx = (dg @ widen(weight_ih)).to(x.dtype) if inputs else x.new_empty(0)
+    dh, dc = (dg @ widen(weight_hh)).to(x.dtype), (total * f).to(x.dtype)
+    if not weights:
+        return dx, dh, dc, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    dbias = dg.sum(0).to(x.dtype) if bias_ih is not None else x.new_empty(0)
+    return dx, dh, dc, (dg.mT @ widen(x)).to(x.dtype), (dg.mT @ widen(h)).to(x.dtype), dbias
+
+
+def lstm_cell_fwd_fake(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contiguous h_next, c_next, gates."""
+    gates = x.new_empty(h.shape[0], weight_hh.shape[0], dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return x.new_empty(h.shape), x.new_empty(c.shape), gates
+
+
+def lstm_cell_bwd_fake(
+    dh_next: torch.Tensor | None,
+    dc_next: torch.Tensor | None,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    gates: torch.Tensor,
+    inputs: bool,
+    weights: bool,
+    stats: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Contiguous gradients, of no elements where not wanted."""
+    of_weights = (w.new_empty(w.shape if weights and w is not None else 0) for w in (weight_ih, weight_hh))
+    dbias = x.new_empty(bias_ih.shape if weights and bias_ih is not None else 0)
+    return x.new_empty(x.shape if inputs else 0), x.new_empty(h.shape), x.new_empty(c.shape), *of_weights, dbias
+
+
+def _ports(args: list, gradients: tuple) -> tuple:
+    dx, dh, dc, dweight_ih, dweight_hh, dbias = gradients
+    inputs, weights = args[-2:]
+    of_weights = (dweight_ih, dweight_hh, dbias if args[7] is not None else None) if weights else (None,) * 3
+    return args[0], args[1], dx if inputs else None, dh, dc, *of_weights
+
+
+def _differentiable(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return lstm_cell_fwd_reference(*args)[:2]
+
+
+def _bwd_differentiable(dh_next: Any, dc_next: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+    """The backward as a function of the cell's inputs alone: the gates are computed again, and differentiated too."""
+    *inputs_of_cell, inputs, weights, stats = args
+    gates = lstm_cell_fwd_reference(*inputs_of_cell)[2]
+    return _bwd_default(dh_next, dc_next, *inputs_of_cell, gates, inputs, weights, stats)
+
+
+_bwd_default = measured(lstm_cell_bwd_reference, _ports)
+lstm_cell_fwd = define_kernel(SCHEMA_FWD, lstm_cell_fwd_reference, lstm_cell_fwd_fake)
+lstm_cell_bwd = define_kernel(SCHEMA_BWD, _bwd_default, lstm_cell_bwd_fake)
+lstm_cell_differentiable = define_composite(
+    f"lstm_cell_differentiable({INPUTS}) -> (Tensor h_next, Tensor c_next)", _differentiable
+)
+lstm_cell_bwd_differentiable = define_composite(
+    f"lstm_cell_bwd_differentiable(Tensor? dh_next, Tensor? dc_next, {INPUTS}, bool inputs, bool weights, "
+    f"Tensor(a!)? stats) -> ({GRADIENTS})",
+    _bwd_differentiable,
+)
+
+
+class _LSTMCell(Function):
+    """Saves every input, and gates in float32. Its C++ twin is LstmCellBackward in csrc/autograd.cpp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple:
+        return lstm_cell_fwd(*args[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.stats = inputs
+        gates = output[2]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(*tensors, gates)
+
+    @staticmethod
+    def backward(ctx: Any, dh_next: Any, dc_next: Any, dgates: Any) -> tuple:
+        if dh_next is None and dc_next is None:
+            return (None,) * 8
+        *tensors, gates = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        last = (wanted[0], any(wanted[3:7]), ctx.stats)
+        if torch.is_grad_enabled():
+            gradients = lstm_cell_bwd_differentiable(dh_next, dc_next, *tensors, *last)
+        else:
+            gradients = lstm_cell_bwd(dh_next, dc_next, *tensors, gates, *last)
+        dx, dh, dc, dweight_ih, dweight_hh, dbias = gradients
+        found = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dbias)
+        return *(d if want else None for d, want in zip(found, wanted, strict=False)), None
+
+
+_lstm_cell_op = define_autograd(
+    SCHEMA, lambda *args: _LSTMCell.apply(*args)[:2], lambda *args: lstm_cell_fwd_reference(*args[:-1])[:2]
+)
+
+
+def lstm_cell(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    *,
+    stats: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h_next, c_next): c_next = f c + i g, h_next = o tanh(c_next), i f g o the gates of x and h. See the module.
+
+    x: (B, D); float32, float64, bfloat16 or float16, like all the others; computed in float32 (float64). h, c: (B, H).
+    weight_ih: (4H, D). weight_hh: (4H, H). bias_ih, bias_hh: (4H,), both or neither.
+    stats: statistics tensor (8, cells, 8) for the ports in PORTS, written in backward; dbias is the gradient of either
+    bias. None measures nothing.
+    Raises TypeError for a dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
+    """
+    if x.dim() != 2 or weight_hh.dim() != 2 or weight_hh.shape[0] != 4 * weight_hh.shape[1]:
+        got = f"{tuple(x.shape)} and {tuple(weight_hh.shape)}"
+        raise ArgumentError(f"lstm_cell: x and weight_hh must have shapes (B, D) and (4H, H), got {got}")
+    if (bias_ih is None) != (bias_hh is None):
+        raise ArgumentError("lstm_cell: bias_ih and bias_hh must be given together, got one of them")
+    (B, D), (G, H) = x.shape, weight_hh.shape
+    shapes = {
+        "h": (h, (B, H)),
+        "c": (c, (B, H)),
+        "weight_ih": (weight_ih, (G, D)),
+        "weight_hh": (weight_hh, (G, H)),
+        "bias_ih": (bias_ih, (G,)),
+        "bias_hh": (bias_hh, (G,)),
+    }
+    check_lstm_weights("lstm_cell", x, shapes)
+    if stats is not None:
+        check_stats("lstm_cell", stats, x, PORTS)
+    with autocast_off(x):
+        return _lstm_cell_op(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, stats)

@@ -1,0 +1,388 @@
+"""One LSTM layer in one direction over padded or packed sequences. Hochreiter and Schmidhuber 1997, with Gers's forget gate.
+
+    i, f, o = sigmoid, g = tanh of x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh, split into i f g o
+    c_t = f c_{t-1} + i g,    h_t = o tanh(c_t), times W_hr^T where there is a projection
+
+Rows are time-major. Padded: x is (T, B, D). Packed, as in torch.nn.utils.rnn.PackedSequence: x is (sum of batch_sizes, D), and
+step t owns the next batch_sizes[t] rows, of the batch's first sequences. `reverse` walks from the last step to the first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from gradkernels.library import FLOATS, ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
+from gradkernels.ops.layer_norm import widen
+from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference
+
+PORTS = ("dy", "dx", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
+INPUTS = (
+    "Tensor x, Tensor h0, Tensor c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+    "Tensor? weight_hr, Tensor? batch_sizes"
+)
+GRADIENTS = "Tensor dx, Tensor dh0, Tensor dc0, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias, Tensor dweight_hr"
+STATS = "Tensor(a!)? stats, Tensor(b!)? time_stats"
+SCHEMA = f"lstm_layer({INPUTS}, bool reverse, Tensor? stats, Tensor? time_stats) -> (Tensor y, Tensor h_n, Tensor c_n)"
+SCHEMA_FWD = f"lstm_layer_fwd({INPUTS}, bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+SCHEMA_BWD = (
+    f"lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {INPUTS}, Tensor y, Tensor gates, Tensor cells, "
+    f"bool reverse, bool inputs, bool weights, {STATS}) -> ({GRADIENTS})"
+)
+
+
+def step_sizes(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
+    """The number of rows of each time step, or an error where batch_sizes are not those of x and h0."""
+    if batch_sizes is None:
+        return [x.shape[1]] * x.shape[0]
+    sizes, B, rows = batch_sizes.tolist(), h0.shape[0], x.shape[0]
+    if sizes[0] != B or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != rows:
+        raise ArgumentError(f"lstm_layer: batch_sizes must start with {B}, not increase and add up to {rows}, got {sizes}")
+    return sizes
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """The rows of a padded or packed tensor: (rows, columns)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def order_of(sizes: list[int], reverse: bool) -> list[int]:
+    """The time steps in the order in which the forward pass takes them."""
+    return list(range(len(sizes)))[:: -1 if reverse else 1]
+
+
+def previous_rows(rows: torch.Tensor, initial: torch.Tensor, sizes: list[int], reverse: bool) -> torch.Tensor:
+    """For every row (t, b) the row (previous t, b) of `rows`, and row b of `initial` where there is none."""
+    steps, pieces, before = rows.split(sizes), [None] * len(sizes), None
+    for t in order_of(sizes, reverse):
+        live = 0 if before is None else min(sizes[t], sizes[before])
+        known = [] if before is None else [steps[before][:live]]
+        pieces[t] = torch.cat([*known, initial[live : sizes[t]]])
+        before = t
+    return torch.cat(pieces)
+
+
+def lstm_layer_fwd_reference(
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None,
+    reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, h_n, c_n in x's dtype; gates (rows, 4H: i f g o, activated) and cells (rows, H) in float32 (float64 for float64).
+
+    Both states are carried in float32 (float64) from step to step, whatever the dtype they are given back in.
+    """
+    sizes, h, c = step_sizes(x, h0, batch_sizes), widen(h0), widen(c0)
+    preactivations = widen(x) @ widen(weight_ih).mT
+    if bias_ih is not None:
+        preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
+    steps = rows_of(preactivations).split(sizes)
+    ys, gates, cells = ([None] * len(sizes) for _ in range(3))
+    for t in order_of(sizes, reverse):
+        live = sizes[t]
+        i, f, g, o = (steps[t] + h[:live] @ widen(weight_hh).mT).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        cells[t] = f * c[:live] + i * g
+        ys[t] = o * cells[t].tanh()
+        if weight_hr is not None:
+            ys[t] = ys[t] @ widen(weight_hr).mT
+        gates[t] = torch.cat([i, f, g, o], -1)
+        h, c = torch.cat([ys[t], h[live:]]), torch.cat([cells[t], c[live:]])
+    y = torch.cat(ys).to(x.dtype).reshape(*x.shape[:-1], h.shape[-1])
+    return y, h.to(x.dtype), c.to(x.dtype), torch.cat(gates), torch.cat(cells)
+
+
+def _through_time(
+    dy: torch.Tensor | None,
+    state: tuple[torch.Tensor, torch.Tensor],
+    weights: tuple[torch.Tensor, torch.Tensor | None],
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    c_previous: torch.Tensor,
+    sizes: list[int],
+    reverse: bool,
+) -> tuple[list, list, list, list, tuple]:
+    """(dgates, dh, dc, dh_recurrent) of every step, and (dh0, dc0), from `state` = (dh_n, dc_n), all in float64.
+
+    float64 whatever the dtype, for a gradient vanishes over some hundred steps below the smallest float32.
+    """
+    (dh, dc), (weight_hh, weight_hr) = state, weights
+    external = None if dy is None else dy.double().split(sizes)
+    split = [t.double().split(sizes) for t in (gates, cells, c_previous)]
+    dgates, dhs, dcs, recurrent = ([None] * len(sizes) for _ in range(4))
+    after = 0  # rows of the step after this one, whose part of dh has come through W_hh
+    for t in order_of(sizes, not reverse):
+        live, (step_gates, step_cells, step_previous) = sizes[t], (part[t] for part in split)
+        recurrent[t] = dh[: min(live, after)]
+        dhs[t] = dh[:live] if external is None else dh[:live] + external[t]
+        dm = dhs[t] if weight_hr is None else dhs[t] @ weight_hr
+        i, f, g, o = step_gates.chunk(4, -1)
+        m = step_cells.tanh()
+        dcs[t] = dc[:live] + dm * o * (1 - m * m)
+        parts = (dcs[t] * g * i * (1 - i), dcs[t] * step_previous * f * (1 - f), dcs[t] * i * (1 - g * g), dm * m * o * (1 - o))
+        dgates[t] = torch.cat(parts, -1)
+        dh, dc = torch.cat([dgates[t] @ weight_hh, dh[live:]]), torch.cat([dcs[t] * f, dc[live:]])
+        after = live
+    return dgates, dhs, dcs, recurrent, (dh, dc)
+
+
+def lstm_layer_bwd_reference(
+    dy: torch.Tensor | None,
+    dh_n: torch.Tensor | None,
+    dc_n: torch.Tensor | None,
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None,
+    y: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    reverse: bool,
+    inputs: bool,
+    weights: bool,
+    time_stats: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """dx, dh0, dc0, dweight_ih, dweight_hh, dbias (of either bias), dweight_hr, in the dtype of what they belong to.
+
+    With dG_t the gradient of step t's preactivations: dh_t = dy_t + dG_{t+1} W_hh, dc_t = dc_{t+1} f_{t+1} + dh_t o_t
+    (1 - tanh^2 c_t); dx = dG W_ih, dW = dG^T (x or h_{t-1}). dx has no elements where `inputs` is false, nor have the
+    gradients of weights where `weights` is false or there is no such weight.
+    """
+    sizes = step_sizes(x, h0, batch_sizes)
+    rows, rows_y = rows_of(x).double(), rows_of(y).double()
+    state = tuple(torch.zeros_like(s) if d is None else d for d, s in ((dh_n, h0), (dc_n, c0)))
+    state = (state[0].double(), state[1].double())
+    c_previous = previous_rows(cells.double(), c0.double(), sizes, reverse)
+    hr = None if weight_hr is None else weight_hr.double()
+    external = None if dy is None else rows_of(dy)
+    steps = _through_time(external, state, (weight_hh.double(), hr), gates, cells, c_previous, sizes, reverse)
+    dgates, dhs, dcs, recurrent, (dh0, dc0) = steps
+    if time_stats is not None:
+        measure_steps_reference(dhs, dcs, recurrent, gates.split(sizes), time_stats)
+    dg = torch.cat(dgates)
+    dx = (dg @ weight_ih.double()).reshape(x.shape).to(x.dtype) if inputs else x.new_empty(0)
+    dweight_ih, dweight_hh, dbias, dweight_hr = (x.new_empty(0) for _ in range(4))
+    if weights:
+        dweight_ih = (dg.mT @ rows).to(x.dtype)
+        dweight_hh = (dg.mT @ previous_rows(rows_y, h0.double(), sizes, reverse)).to(x.dtype)
+        dbias = dg.sum(0).to(x.dtype) if bias_ih is not None else dbias
+        if weight_hr is not None:
+            m = gates[..., -cells.shape[-1] :].double() * cells.double().tanh()
+            dweight_hr = (torch.cat(dhs).mT @ m).to(x.dtype)
+    return dx, dh0.to(x.dtype), dc0.to(x.dtype), dweight_ih, dweight_hh, dbias, dweight_hr
+
+
+def lstm_layer_fwd_fake(
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None,
+    reverse: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Contiguous y, h_n, c_n, gates, cells."""
+    rows, dtype = math.prod(x.shape[:-1]), torch.float64 if x.dtype is torch.float64 else torch.float32
+    saved = (x.new_empty(rows, n, dtype=dtype) for n in (weight_hh.shape[0], c0.shape[1]))
+    return x.new_empty(*x.shape[:-1], h0.shape[1]), x.new_empty(h0.shape), x.new_empty(c0.shape), *saved
+
+
+def lstm_layer_bwd_fake(
+    dy: torch.Tensor | None,
+    dh_n: torch.Tensor | None,
+    dc_n: torch.Tensor | None,
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None,
+    y: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    reverse: bool,
+    inputs: bool,
+    weights: bool,
+    stats: torch.Tensor | None,
+    time_stats: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Contiguous gradients, of no elements where not wanted."""
+    of_weights = (
+        w.new_empty(w.shape) if weights and w is not None else x.new_empty(0)
+        for w in (weight_ih, weight_hh, bias_ih, weight_hr)
+    )
+    return x.new_empty(x.shape if inputs else 0), x.new_empty(h0.shape), x.new_empty(c0.shape), *of_weights
+
+
+def _bwd_default(*args: Any) -> tuple[torch.Tensor, ...]:
+    """The reference with its statistics."""
+    *tensors, stats, time_stats = args
+    dy, _, _, _, _, _, weight_ih, weight_hh, bias_ih, _, weight_hr = tensors[:11]
+    inputs, weights = tensors[-2:]
+    gradients = lstm_layer_bwd_reference(*tensors, time_stats)
+    dx, _, _, *of_weights = gradients
+    there = (dy is not None, inputs, *(weights and w is not None for w in (weight_ih, weight_hh, bias_ih, weight_hr)))
+    for port, (is_there, gradient) in enumerate(zip(there, (dy, dx, *of_weights), strict=True)):
+        if stats is not None and is_there:
+            torch.ops.gradkernels.probe_bwd.default(gradient.detach(), stats, port)
+    return gradients
+
+
+def _differentiable(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return lstm_layer_fwd_reference(*args)[:3]
+
+
+def _bwd_differentiable(dy: Any, dh_n: Any, dc_n: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+    """The backward as a function of the layer's inputs alone: y, gates and cells are computed again and differentiated too."""
+    *inputs_of_layer, reverse, inputs, weights, stats, time_stats = args
+    y, _, _, gates, cells = lstm_layer_fwd_reference(*inputs_of_layer, reverse)
+    return _bwd_default(dy, dh_n, dc_n, *inputs_of_layer, y, gates, cells, reverse, inputs, weights, stats, time_stats)
+
+
+lstm_layer_fwd = define_kernel(SCHEMA_FWD, lstm_layer_fwd_reference, lstm_layer_fwd_fake)
+lstm_layer_bwd = define_kernel(SCHEMA_BWD, _bwd_default, lstm_layer_bwd_fake)
+lstm_layer_differentiable = define_composite(
+    f"lstm_layer_differentiable({INPUTS}, bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n)", _differentiable
+)
+lstm_layer_bwd_differentiable = define_composite(
+    f"lstm_layer_bwd_differentiable(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {INPUTS}, bool reverse, bool inputs, bool weights, "
+    f"{STATS}) -> ({GRADIENTS})",
+    _bwd_differentiable,
+)
+
+
+class _LSTMLayer(Function):
+    """Saves every input, y, and gates and cells in float32. Its C++ twin is LstmLayerBackward in csrc/autograd.cpp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple:
+        return lstm_layer_fwd(*args[:-2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.reverse, ctx.stats, ctx.time_stats = inputs
+        y, _, _, gates, cells = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(gates, cells)
+        ctx.save_for_backward(*tensors, y, gates, cells)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, dgates: Any, dcells: Any) -> tuple:
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * 12
+        *tensors, y, gates, cells = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        last = (ctx.reverse, wanted[0], any(wanted[3:8]), ctx.stats, ctx.time_stats)
+        if torch.is_grad_enabled():
+            gradients = lstm_layer_bwd_differentiable(dy, dh_n, dc_n, *tensors, *last)
+        else:
+            gradients = lstm_layer_bwd(dy, dh_n, dc_n, *tensors, y, gates, cells, *last)
+        dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = gradients
+        found = (dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dbias, dweight_hr)
+        return *(d if want else None for d, want in zip(found, wanted, strict=False)), None, None, None, None
+
+
+_lstm_layer_op = define_autograd(
+    SCHEMA, lambda *args: _LSTMLayer.apply(*args)[:3], lambda *args: lstm_layer_fwd_reference(*args[:-2])[:3]
+)
+
+
+def check_lstm_weights(op: str, x: torch.Tensor, tensors: dict[str, tuple[torch.Tensor | None, tuple]]) -> None:
+    """Raises ArgumentError or TypeError unless each tensor that is there has its shape, and x's dtype and device."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ArgumentError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype is not x.dtype:
+            raise TypeError(f"{op}: {name} must be {x.dtype} like x, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ArgumentError(f"{op}: {name} must be on x's device, {x.device}, got {tensor.device}")
+
+
+def _check(x: torch.Tensor, h0: Any, c0: Any, weights: tuple, batch_sizes: torch.Tensor | None) -> None:
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    packed = batch_sizes is not None
+    if x.dim() != (2 if packed else 3):
+        expected = "(rows, D) where batch_sizes are given" if packed else "(T, B, D)"
+        raise ArgumentError(f"lstm_layer: x must have shape {expected}, got {tuple(x.shape)}")
+    if packed and (batch_sizes.dim() != 1 or batch_sizes.dtype is not torch.int64 or batch_sizes.device.type != "cpu"):
+        got = f"{batch_sizes.dtype} of shape {tuple(batch_sizes.shape)} on {batch_sizes.device}"
+        raise ArgumentError(f"lstm_layer: batch_sizes must be int64 of shape (T,) on the CPU, got {got}")
+    if (batch_sizes if packed else x).shape[0] == 0:
+        raise ArgumentError("lstm_layer: Expected sequence length to be larger than 0 in RNN")
+    if (bias_ih is None) != (bias_hh is None):
+        raise ArgumentError("lstm_layer: bias_ih and bias_hh must be given together, got one of them")
+    if weight_hh.dim() != 2 or weight_hh.shape[0] % 4 or h0.dim() != 2:
+        got = f"{tuple(weight_hh.shape)} and {tuple(h0.shape)}"
+        raise ArgumentError(f"lstm_layer: weight_hh and h0 must have shapes (4H, P) and (B, P), got {got}")
+    H, P, B = weight_hh.shape[0] // 4, weight_hh.shape[1], h0.shape[0] if packed else x.shape[1]
+    shapes = {
+        "h0": (h0, (B, P)),
+        "c0": (c0, (B, H)),
+        "weight_ih": (weight_ih, (4 * H, x.shape[-1])),
+        "weight_hh": (weight_hh, (4 * H, H if weight_hr is None else P)),
+        "bias_ih": (bias_ih, (4 * H,)),
+        "bias_hh": (bias_hh, (4 * H,)),
+        "weight_hr": (weight_hr, (P, H)),
+    }
+    check_lstm_weights("lstm_layer", x, shapes)
+
+
+def lstm_layer(
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    weight_hr: torch.Tensor | None = None,
+    *,
+    batch_sizes: torch.Tensor | None = None,
+    reverse: bool = False,
+    stats: torch.Tensor | None = None,
+    time_stats: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h_n, c_n) of one LSTM layer in one direction: the h_t of all steps, and the last states. See the module.
+
+    x: (T, B, D), or (sum of batch_sizes, D) packed; any strides; float32, float64, bfloat16 or float16, like all the others.
+    h0: (B, P). c0: (B, H). weight_ih: (4H, D). weight_hh: (4H, P). bias_ih, bias_hh: (4H,), both or neither. weight_hr: (P, H),
+    or None and P = H. batch_sizes: (T,), int64 on the CPU, not increasing, the first one B.
+    stats: statistics tensor (6, cells, 8) for the ports in PORTS; dbias is the gradient of either bias. time_stats: a tensor
+    of `new_time_stats`, see TIME_FIELDS. Both are written in backward; None measures nothing.
+    Returns y: (T, B, P) or (rows, P), h_n: (B, P), c_n: (B, H), in x's dtype. Both states are carried in float32 (float64).
+    Raises TypeError for a dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
+    """
+    _check(x, h0, c0, (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), batch_sizes)
+    if stats is not None:
+        check_stats("lstm_layer", stats, x, PORTS)
+    if time_stats is not None:
+        check_time_stats("lstm_layer", time_stats, x)
+    args = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, stats, time_stats)
+    with autocast_off(x):
+        return _lstm_layer_op(*args)
