@@ -30,6 +30,8 @@ from gradkernels.telemetry import NUM_CELLS
 from gradkernels.triton import add_layer_norm, gelu, launch, layer_norm, probe, residual
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+START, END = "<!-- codegen -->", "<!-- end of codegen -->"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -65,7 +67,7 @@ def launches_of(op: Any, *args: Any) -> list[Launch]:
     def record(kernel: Any, grid: tuple, args: tuple, constants: dict, options: dict) -> None:
         found.append(Launch(kernel, args, constants, options))
 
-    with mock.patch.object(launch, "num_sms", lambda device: 132), mock.patch.object(launch, "run", record):
+    with mock.patch.object(launch, "num_sms", return_value=132), mock.patch.object(launch, "run", record):
         op(*args)
     return found
 
@@ -206,6 +208,28 @@ def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dic
     return result
 
 
+def write_table() -> None:
+    """The Hopper lines of the main loops, telemetry off and on, as a table in docs/kernels.md."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    wanted = {}
+    for line in lines:
+        if line["target"] == "sm_90" and "bwd" in line["kernel"] and line["dtype"] in ("bfloat16", "float32"):
+            wanted.setdefault((line["op"], line["dtype"], line["columns"]), {})[line["telemetry"]] = line
+    rows = [
+        "| backward | dtype | columns | instructions an element, off / on | registers, off / on | shared bytes |",
+        "|" + "---|" * 6,
+    ]
+    for (op, dtype, columns), pair in sorted(wanted.items()):
+        off, on = pair.get(False), pair[True]
+        both = lambda name, off=off, on=on: f"{off[name] if off else '-'} / {on[name]}"  # noqa: E731
+        length = columns if "norm" in op else "any"
+        figures = f"{both('loop_instructions_per_element')} | {both('registers')} | {on['shared_bytes']}"
+        rows.append(f"| {op} | {dtype} | {length} | {figures} |")
+    text = PAGE.read_text()
+    before, after = text.split(START)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{START}\n" + "\n".join(rows) + f"\n{END}{after}")
+
+
 def main(arguments: list[str]) -> int:
     """Exit code 1 if a kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -229,7 +253,8 @@ def main(arguments: list[str]) -> int:
                 print(json.dumps(lines[-1]) if chosen.json else " ".join(map(str, line.values())), flush=True)
     if not (chosen.json or chosen.target or chosen.columns or chosen.telemetry):
         RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{len(lines)} kernels in {RESULTS.name}, {spilled} of them spill")
+        write_table()
+        print(f"{len(lines)} kernels in {RESULTS.name}, {spilled} of them spill; table in docs/{PAGE.name}")
     return int(spilled > 0)
 
 

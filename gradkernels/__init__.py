@@ -21,7 +21,7 @@ from gradkernels.time_profile import TimeProfile
 from gradkernels.watch import Coverage, Watch, watch
 
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
-    import gradkernels.triton
+    import gradkernels.triton  # noqa: F401  registers its kernels
 
 __version__ = "0.1.0"
 __all__ = [

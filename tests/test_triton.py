@@ -83,7 +83,7 @@ def traced(function, *shapes):
         graphs.append(graph)
         raise NotImplementedError("captured")
 
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("gradkernels.triton.launch.num_sms", lambda device: 132):
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("gradkernels.triton.launch.num_sms", return_value=132):
         tensors = [torch.empty(sizes, dtype=dtype, device="cuda") for sizes, dtype in shapes]
         compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=capture))
         with pytest.raises(Exception, match="captured"):

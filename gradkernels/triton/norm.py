@@ -128,10 +128,7 @@ def norm_fwd_looped_kernel(
 def load_g(dy_ptr, h_ptr, weight, dy_at, h_at, mean, rstd, mask):
     """(dy, x_hat, g): what every term of the backward is made of; masked elements of dy and g are 0."""
     x_hat = (tl.load(h_ptr + h_at, mask, other=0.0).to(mean.dtype) - mean) * rstd
-    if dy_ptr is None:
-        dy = tl.zeros_like(x_hat)
-    else:
-        dy = tl.load(dy_ptr + dy_at, mask, other=0.0).to(mean.dtype)
+    dy = tl.zeros_like(x_hat) if dy_ptr is None else tl.load(dy_ptr + dy_at, mask, other=0.0).to(mean.dtype)
     return dy, x_hat, dy * weight
 
 
