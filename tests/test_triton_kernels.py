@@ -157,6 +157,16 @@ def test_programs_beyond_the_cells():
     assert stats[:, 0, 0].tolist() == [9 * 4096] * 2
 
 
+def test_cells_of_their_own():
+    """Every program adds to its own cell: on a GPU two of them would lose each other's sums in a shared one."""
+    case = make_case("gelu", 9, 4096)
+    stats = torch.zeros(2, 3, 8, dtype=torch.float64)
+    case.function(case.inputs[0].requires_grad_(), stats=stats).backward(case.dys[0])
+    assert (stats[:, :, 0] > 0).all()
+    assert stats[:, :, 0].sum(1).tolist() == [9 * 4096] * 2
+    assert stats[:, :, 1].tolist() == [[1, 0, 0]] * 2  # the first program counts the call
+
+
 def test_fold():
     """One row a port, and an empty table afterwards."""
     stats = torch.rand(7, 133, 8, dtype=torch.float64)
