@@ -5,6 +5,7 @@ test_triton.py runs this file in a process of its own. The ops' whole test files
 
 import mmap
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from checks import (
 
 import gradkernels as gk
 from gradkernels.telemetry import merge_cells
-from gradkernels.testing import DTYPES, lay_out, randn
+from gradkernels.testing import DTYPES, differentiate, lay_out, randn
 
 pytestmark = pytest.mark.skipif("on_triton" not in sys.modules, reason="run by test_triton.py in a process of its own")
 POINTWISE = ("gelu", "residual", "probe")
@@ -150,11 +151,13 @@ def test_stats_of_overflow_to_infinity():
 
 
 def test_programs_beyond_the_cells():
-    """No more programs run than a row has cells."""
-    case = make_case("gelu", 9, 4096)
-    stats = torch.zeros(2, 1, 8, dtype=torch.float64)
-    case.function(case.inputs[0].requires_grad_(), stats=stats).backward(case.dys[0])
-    assert stats[:, 0, 0].tolist() == [9 * 4096] * 2
+    """No more programs run than a row has cells: with one cell, a table of several sites is written in its own rows."""
+    for op, shape, numel in (("gelu", (9, 4096), [9 * 4096] * 2), ("layer_norm", (40, 520), [40 * 520] * 2 + [520] * 2)):
+        case = make_case(op, *shape)
+        table = torch.zeros(len(case.ports) + 9, 1, 8, dtype=torch.float64)
+        differentiate(partial(case.function, stats=table[: len(case.ports)]), case.inputs, case.dys)
+        assert table[: len(case.ports), 0, 0].tolist() == numel
+        assert not table[len(case.ports) :].any()
 
 
 def test_cells_of_their_own():

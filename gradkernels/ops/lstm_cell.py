@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from gradkernels.library import ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
 from gradkernels.ops.layer_norm import widen
-from gradkernels.ops.lstm_layer import check_lstm_weights
+from gradkernels.ops.lstm_layer import check_lstm_weights, step_backward, step_forward
 from gradkernels.telemetry import check_stats, measured
 
 PORTS = ("dh_next", "dc_next", "dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias")
@@ -36,11 +36,8 @@ def lstm_cell_fwd_reference(
     preactivations = widen(x) @ widen(weight_ih).mT + widen(h) @ widen(weight_hh).mT
     if bias_ih is not None:
         preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
-    i, f, g, o = preactivations.chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c_next = f * widen(c) + i * g
-    h_next = o * c_next.tanh()
-    return h_next.to(x.dtype), c_next.to(x.dtype), torch.cat([i, f, g, o], -1)
+    gates, c_next, h_next = step_forward(preactivations, widen(c))
+    return h_next.to(x.dtype), c_next.to(x.dtype), gates
 
 
 def lstm_cell_bwd_reference(
@@ -63,15 +60,13 @@ def lstm_cell_bwd_reference(
     dc = f (dc_next + dh_next o (1 - tanh^2 c_next)). dx has no elements where `inputs` is false, nor have the gradients of
     weights where `weights` is false or there is no such weight.
     """
-    i, f, g, o = gates.chunk(4, -1)
+    i, f, g, _ = gates.chunk(4, -1)
     wide_c = widen(c)
     m = (f * wide_c + i * g).tanh()
     wide_dh = torch.zeros_like(m) if dh_next is None else widen(dh_next)
-    total = wide_dh * o * (1 - m * m) + (0 if dc_next is None else widen(dc_next))
-    parts = (total * g * i * (1 - i), total * wide_c * f * (1 - f), total * i * (1 - g * g), wide_dh * m * o * (1 - o))
-    dg = torch.cat(parts, -1)
+    dg, _, wide_dc = step_backward(wide_dh, 0 if dc_next is None else widen(dc_next), gates, m, wide_c)
     dx = (dg @ widen(weight_ih)).to(x.dtype) if inputs else x.new_empty(0)
-    dh, dc = (dg @ widen(weight_hh)).to(x.dtype), (total * f).to(x.dtype)
+    dh, dc = (dg @ widen(weight_hh)).to(x.dtype), wide_dc.to(x.dtype)
     if not weights:
         return dx, dh, dc, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     dbias = dg.sum(0).to(x.dtype) if bias_ih is not None else x.new_empty(0)
@@ -145,7 +140,7 @@ lstm_cell_bwd_differentiable = define_composite(
 
 
 class _LSTMCell(Function):
-    """Saves every input, and gates in float32. Its C++ twin is LstmCellBackward in csrc/autograd.cpp."""
+    """Saves every input, and gates in float32. Its C++ twin is LstmCellBackward in csrc/autograd_lstm.cpp."""
 
     generate_vmap_rule = True
 

@@ -65,6 +65,22 @@ def previous_rows(rows: torch.Tensor, initial: torch.Tensor, sizes: list[int], r
     return torch.cat(pieces)
 
 
+def step_forward(preactivations: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gates, activated, as i f g o; c_next; h_next before any projection) of one step."""
+    i, f, g, o = preactivations.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c_next = f * c + i * g
+    return torch.cat([i, f, g, o], -1), c_next, o * c_next.tanh()
+
+
+def step_backward(dm: torch.Tensor, dc_next: Any, gates: torch.Tensor, m: torch.Tensor, c: torch.Tensor) -> tuple:
+    """(gradient of the preactivations, total dc_next, dc) from dm, of h_next before any projection; m = tanh(c_next)."""
+    i, f, g, o = gates.chunk(4, -1)
+    total = dm * o * (1 - m * m) + dc_next
+    parts = (total * g * i * (1 - i), total * c * f * (1 - f), total * i * (1 - g * g), dm * m * o * (1 - o))
+    return torch.cat(parts, -1), total, total * f
+
+
 def lstm_layer_fwd_reference(
     x: torch.Tensor,
     h0: torch.Tensor,
@@ -89,13 +105,9 @@ def lstm_layer_fwd_reference(
     ys, gates, cells = ([None] * len(sizes) for _ in range(3))
     for t in order_of(sizes, reverse):
         live = sizes[t]
-        i, f, g, o = (steps[t] + h[:live] @ widen(weight_hh).mT).chunk(4, -1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        cells[t] = f * c[:live] + i * g
-        ys[t] = o * cells[t].tanh()
+        gates[t], cells[t], ys[t] = step_forward(steps[t] + h[:live] @ widen(weight_hh).mT, c[:live])
         if weight_hr is not None:
             ys[t] = ys[t] @ widen(weight_hr).mT
-        gates[t] = torch.cat([i, f, g, o], -1)
         h, c = torch.cat([ys[t], h[live:]]), torch.cat([cells[t], c[live:]])
     y = torch.cat(ys).to(x.dtype).reshape(*x.shape[:-1], h.shape[-1])
     return y, h.to(x.dtype), c.to(x.dtype), torch.cat(gates), torch.cat(cells)
@@ -125,12 +137,8 @@ def _through_time(
         recurrent[t] = dh[: min(live, after)]
         dhs[t] = dh[:live] if external is None else dh[:live] + external[t]
         dm = dhs[t] if weight_hr is None else dhs[t] @ weight_hr
-        i, f, g, o = step_gates.chunk(4, -1)
-        m = step_cells.tanh()
-        dcs[t] = dc[:live] + dm * o * (1 - m * m)
-        parts = (dcs[t] * g * i * (1 - i), dcs[t] * step_previous * f * (1 - f), dcs[t] * i * (1 - g * g), dm * m * o * (1 - o))
-        dgates[t] = torch.cat(parts, -1)
-        dh, dc = torch.cat([dgates[t] @ weight_hh, dh[live:]]), torch.cat([dcs[t] * f, dc[live:]])
+        dgates[t], dcs[t], before = step_backward(dm, dc[:live], step_gates, step_cells.tanh(), step_previous)
+        dh, dc = torch.cat([dgates[t] @ weight_hh, dh[live:]]), torch.cat([before, dc[live:]])
         after = live
     return dgates, dhs, dcs, recurrent, (dh, dc)
 
@@ -272,7 +280,7 @@ lstm_layer_bwd_differentiable = define_composite(
 
 
 class _LSTMLayer(Function):
-    """Saves every input, y, and gates and cells in float32. Its C++ twin is LstmLayerBackward in csrc/autograd.cpp."""
+    """Saves every input, y, and gates and cells in float32. Its C++ twin is LstmLayerBackward in csrc/autograd_lstm.cpp."""
 
     generate_vmap_rule = True
 

@@ -65,13 +65,14 @@ def shape_of(N: int, dtype: torch.dtype, backward: bool, residual: bool = False)
     )
 
 
-def num_programs(num_rows: int, shape: Shape, device: torch.device) -> int:
+def num_programs(num_rows: int, shape: Shape, device: torch.device, stats: torch.Tensor | None) -> int:
     """Programs of a backward: as many as are resident, fewer where each would see fewer than four blocks of rows.
 
     Every program costs a row of partial sums, written and read again: below four blocks that is a quarter of the traffic.
+    No more run than a row of `stats` has cells, or would have.
     """
     blocks, sms = -(-num_rows // shape.block_m), launching.num_sms(device)
-    return max(1, min(blocks, sms * resident(shape.num_warps, shape.registers), max(sms, blocks // 4), num_cells(None)))
+    return max(1, min(blocks, sms * resident(shape.num_warps, shape.registers), max(sms, blocks // 4), num_cells(stats)))
 
 
 def as_rows(t: torch.Tensor, num_dims: int) -> torch.Tensor:
@@ -146,18 +147,19 @@ def norm_bwd(
     has_dweight, has_dbias = columns and weight is not None, columns and bias is not None
     N = math.prod(h.shape[h.dim() - num_dims :])
     shape = shape_of(N, mean.dtype, backward=True, residual=dnew_residual is not None)
-    partials = None
+    programs, partials = num_programs(mean.numel(), shape, h.device, stats), None
     if has_dweight or has_dbias:
-        partials = mean.new_empty(2, num_programs(mean.numel(), shape, h.device), max(1, N))
+        partials = mean.new_empty(2, programs, max(1, N))
     gradients = [None if t is None else as_rows(t, num_dims) for t in (dy, dnew_residual, h)]
     flags = {"DX_PORT": dx_port, "DWEIGHT": has_dweight, "DBIAS": has_dbias}
-    _launch_dx(gradients, mean, rstd, weight, dx, dx_narrow if narrow else None, partials, stats, shape, **flags)
+    _launch_dx(programs, gradients, mean, rstd, weight, dx, dx_narrow if narrow else None, partials, stats, shape, **flags)
     if partials is not None:
         _launch_columns(partials, N, dweight if has_dweight else None, dbias if has_dbias else None, stats, dx_port + 1)
     return dx, dx_narrow, dweight, dbias
 
 
 def _launch_dx(
+    programs: int,
     rows: list[torch.Tensor | None],
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -170,7 +172,6 @@ def _launch_dx(
     **constants: int,
 ) -> None:
     M, N = rows[2].shape
-    programs = num_programs(mean.numel(), shape, dx.device) if partials is None else partials.shape[1]
     launch(
         norm_bwd_looped_kernel if shape.looped else norm_bwd_kernel,
         (programs,),
