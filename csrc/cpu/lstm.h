@@ -12,7 +12,7 @@
 
 namespace gk {
 
-constexpr int64_t WORK_PER_THREAD = 1 << 20;  // multiply-adds a step, about 25 us: below it waiting costs more than is saved
+constexpr int64_t WORK_PER_THREAD = 1 << 18;  // multiply-adds a step, about 7 us: below it waiting costs more than is saved
 constexpr int64_t PADDING = 16;               // columns between rows of dG: powers of two apart they would share cache sets
 
 // The rows of each time step. `order` lists the steps as the forward pass takes them; before[t] is the step it took before t.
@@ -63,6 +63,7 @@ struct LstmBackward {
   A *dgates, *dgates_scaled, *dh_total, *m;  // dgates_scaled: two steps' worth; dh_total, m: all rows, with a projection alone
   A *packed_hh, *packed_hr, *dh_scaled, *dm;
   A* largest;         // two steps' worth of one number a thread
+  A* rows;            // with telemetry, two rows of H units a thread
   StepSums* sums;     // (steps, threads); null without telemetry
   int64_t* exponent;  // of the scale that each step was walked in
 };

@@ -49,25 +49,29 @@ static A largest_incoming(const LstmBackward<A>& p, int64_t t, int64_t live) {
   return largest_of(p.dc + live * p.H, joined * p.H, largest);
 }
 
-// Sums of squares, in float64: no float32 is too small or too large for them.
+// Sums of squares in float64: no float32 is too small or too large for them. Two sums, for one alone would wait for itself.
 template <typename A>
 struct Squares {
-  Vec<double> sum{};
-  GK_INLINE void add(Vec<A> v) {
-    if constexpr (sizeof(A) == 8) {
-      sum += v * v;
-    } else {
-      typedef float Half __attribute__((vector_size(GK_VECTOR_BYTES / 2)));
+  Vec<double> even{}, odd{};
+
+  GK_INLINE void add_row(const A* values, int64_t count) {
+    typedef A Half __attribute__((vector_size(sizeof(A) * WIDTH<double>)));
+    int64_t j = 0;
+    for (; j + 2 * WIDTH<double> <= count; j += 2 * WIDTH<double>) {
       Half halves[2];
-      __builtin_memcpy(halves, &v, sizeof(v));
-      const auto low = __builtin_convertvector(halves[0], Vec<double>), high = __builtin_convertvector(halves[1], Vec<double>);
-      sum += low * low;
-      sum += high * high;
+      __builtin_memcpy(halves, values + j, sizeof(halves));
+      const auto first = __builtin_convertvector(halves[0], Vec<double>), second = __builtin_convertvector(halves[1], Vec<double>);
+      even += first * first;
+      odd += second * second;
     }
+    for (; j < count; ++j) even[0] += static_cast<double>(values[j]) * static_cast<double>(values[j]);
   }
+  GK_INLINE double total() const { return sum<double>(even + odd); }
 };
 
-// What one thread measures of one step. Counters are vectors of -1 for every lane that counts.
+// What one thread measures of one step, a row at a time, after the row has been computed and while it is in the first-level
+// cache: beside the counters there would be no registers left for the formulas. Counters are vectors of -1 for every lane that
+// counts.
 template <typename A>
 struct StepMeasure {
   typedef typename Lanes<A>::integer Integer;
@@ -76,39 +80,51 @@ struct StepMeasure {
   Vec<A> forget{};
   int64_t empty = 0;  // lanes beyond the last unit, which are zeros: low, all of them
 
-  GK_INLINE void add_gates(Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> o, int64_t count) {
-    counts[0] += (Integer)(i < A(0.1));
-    counts[1] += (Integer)(i > A(0.9));
-    counts[2] += (Integer)(f < A(0.1));
-    counts[3] += (Integer)(f > A(0.9));
-    counts[4] += (Integer)(magnitude<A>(g) > A(0.9));
-    counts[5] += (Integer)(o < A(0.1));
-    counts[6] += (Integer)(o > A(0.9));
-    forget += f;
-    empty += std::max<int64_t>(0, WIDTH<A> - count);
+  // `count` units from `gates` on, the activated i; f, g and o follow H units apart.
+  GK_INLINE void add_gates(const A* gates, int64_t H, int64_t count) {
+    for (int64_t j = 0; j < count; j += WIDTH<A>) {
+      const Vec<A> i = load_first(gates + j, count - j), f = load_first(gates + H + j, count - j),
+                   g = load_first(gates + 2 * H + j, count - j), o = load_first(gates + 3 * H + j, count - j);
+      counts[0] += (Integer)(i < A(0.1));
+      counts[1] += (Integer)(i > A(0.9));
+      counts[2] += (Integer)(f < A(0.1));
+      counts[3] += (Integer)(f > A(0.9));
+      counts[4] += (Integer)(magnitude<A>(g) > A(0.9));
+      counts[5] += (Integer)(o < A(0.1));
+      counts[6] += (Integer)(o > A(0.9));
+      forget += f;
+      empty += std::max<int64_t>(0, WIDTH<A> - (count - j));
+    }
   }
   void finish(StepSums& sums) const {
-    sums.dh = sum<double>(dh.sum);
-    sums.dc = sum<double>(dc.sum);
-    sums.dh_recurrent = sum<double>(dh_recurrent.sum);
+    sums.dh = dh.total();
+    sums.dc = dc.total();
+    sums.dh_recurrent = dh_recurrent.total();
     for (int c = 0; c < 7; ++c) {
-      for (int64_t lane = 0; lane < WIDTH<A>; ++lane) sums.counts[c] -= static_cast<double>(counts[c][lane]);
+      int64_t total = c == 0 || c == 2 || c == 5 ? -empty : 0;
+      for (int64_t lane = 0; lane < WIDTH<A>; ++lane) total -= counts[c][lane];
+      sums.counts[c] = static_cast<double>(total);
     }
-    for (int c : {0, 2, 5}) sums.counts[c] -= static_cast<double>(empty);
     for (int64_t lane = 0; lane < WIDTH<A>; ++lane) sums.forget += static_cast<double>(forget[lane]);
   }
 };
 
 // The total dh of a step: what is carried, and dy. `live` rows have been carried; the others hold dh_n.
-template <typename A, bool TELEMETRY>
-static GK_INLINE Vec<A> total_dh(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t b, int64_t live, int64_t j,
-                                 StepMeasure<A>& measure) {
+template <typename A>
+static GK_INLINE Vec<A> total_dh(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t b, int64_t live,
+                                 int64_t j) {
   const int64_t count = p.P - j;
-  const Vec<A> before = load_first(p.dh + b * p.P + j, count);
-  if (TELEMETRY && b < live) measure.dh_recurrent.add(before);
-  Vec<A> total = before * (b < live ? scale.carried : scale.incoming);
+  Vec<A> total = load_first(p.dh + b * p.P + j, count) * (b < live ? scale.carried : scale.incoming);
   if (p.dy) total += load_first(p.dy + (p.steps.offset[t] + b) * p.P + j, count) * scale.incoming;
   return total;
+}
+
+// The squares of the total dh of row b, and of what came to it from the step after.
+template <typename A>
+static GK_INLINE void measure_dh(const LstmBackward<A>& p, const A* total, int64_t b, int64_t live, Share outputs,
+                                 StepMeasure<A>& measure) {
+  measure.dh.add_row(total, outputs.end - outputs.begin);
+  if (b < live) measure.dh_recurrent.add_row(p.dh + b * p.P + outputs.begin, outputs.end - outputs.begin);
 }
 
 // With a projection: the total dh of a step, and through W_hr the gradient dm of o tanh(c).
@@ -117,18 +133,19 @@ static void project(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, 
                     StepMeasure<A>& measure) {
   for (int64_t b = 0; b < p.steps.size[t]; ++b) {
     for (int64_t j = outputs.begin; j < outputs.end; j += WIDTH<A>) {
-      const Vec<A> total = total_dh<A, TELEMETRY>(p, scale, t, b, live, j, measure);
-      if (TELEMETRY) measure.dh.add(total);
+      const Vec<A> total = total_dh(p, scale, t, b, live, j);
       store_first(p.dh_scaled + b * p.P + j, total, p.P - j);
       store_first(p.dh_total + (p.steps.offset[t] + b) * p.P + j, total * scale.back, p.P - j);
     }
+    if (TELEMETRY) measure_dh(p, p.dh_scaled + b * p.P + outputs.begin, b, live, outputs, measure);
   }
 }
 
 // dG of one step, from dh (dm with a projection) and dc, which moves on to the step before. Returns the largest magnitude.
+// row: with telemetry, two rows of this thread's own, for dh and dc.
 template <typename A, bool TELEMETRY>
 static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t live, Share units, A* scaled,
-                        StepMeasure<A>& measure) {
+                        A* row, StepMeasure<A>& measure) {
   const int64_t H = p.H, first = p.steps.offset[t], last = p.steps.before[t] < 0 ? 0 : p.steps.offset[p.steps.before[t]];
   const int64_t continued = p.steps.continued(t), stride = 4 * H + PADDING;
   Vec<A> largest{};
@@ -143,14 +160,12 @@ static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t
       const Vec<A> i = load_first(gates + j, count), f = load_first(gates + H + j, count),
                    g = load_first(gates + 2 * H + j, count), o = load_first(gates + 3 * H + j, count);
       const Vec<A> m = hyperbolic_tangent<A>(load_first(cells + j, count));
-      const Vec<A> dh =
-          p.weight_hr ? load_first(p.dm + b * H + j, count) : total_dh<A, TELEMETRY>(p, scale, t, b, live, j, measure);
+      const Vec<A> dh = p.weight_hr ? load_first(p.dm + b * H + j, count) : total_dh(p, scale, t, b, live, j);
       const Vec<A> dc = load_first(p.dc + b * H + j, count) * carried + dh * o * (A(1) - m * m);
       largest = higher_magnitude<A>(dc, higher_magnitude<A>(dh, largest));
       if (TELEMETRY) {
-        if (!p.weight_hr) measure.dh.add(dh);
-        measure.dc.add(dc);
-        measure.add_gates(i, f, g, o, count);
+        store_first(row + j, dh, count);
+        store_first(row + H + j, dc, count);
       }
       const Vec<A> dg[4] = {dc * g * (i * (A(1) - i)), dc * load_first(previous + j, count) * (f * (A(1) - f)),
                             dc * i * (A(1) - g * g), dh * m * (o * (A(1) - o))};
@@ -160,6 +175,11 @@ static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t
       }
       store_first(p.dc + b * H + j, dc * f, count);
       if (p.m) store_first(p.m + (first + b) * H + j, o * m, count);
+    }
+    if (TELEMETRY) {
+      if (!p.weight_hr) measure_dh(p, row + units.begin, b, live, units, measure);
+      measure.dc.add_row(row + H + units.begin, units.end - units.begin);
+      measure.add_gates(gates + units.begin, H, units.end - units.begin);
     }
   }
   return max<A>(largest);
@@ -203,7 +223,7 @@ static void walk_back(const LstmBackward<A>& p, int thread, int threads, Barrier
     }
     A* scaled = p.dgates_scaled + n % 2 * steps.B * stride;
     A* seen = p.largest + n % 2 * threads;
-    seen[thread] = gates_backward<A, TELEMETRY>(p, scale, t, live, units, scaled, measure);
+    seen[thread] = gates_backward<A, TELEMETRY>(p, scale, t, live, units, scaled, p.rows + thread * 2 * H, measure);
     if (TELEMETRY) measure.finish(p.sums[t * threads + thread]);
     if (TELEMETRY && thread == 0) p.exponent[t] = scale.exponent;
     barrier.wait(threads);

@@ -109,8 +109,11 @@ static Tensor previous_rows(const Steps& steps, const Tensor& rows, const Tensor
   return result;
 }
 
-static double scaled(double sum_of_squares, int64_t exponent) {
-  return std::ldexp(std::sqrt(sum_of_squares), static_cast<int>(-exponent));
+// Merges into `norm` the norm whose square, times 2^(2 exponent), is sum_of_squares. What is common is quick: no scale, nothing
+// there before.
+static void merge_norm(double& norm, double sum_of_squares, int64_t exponent) {
+  const double root = std::sqrt(sum_of_squares), added = exponent ? std::ldexp(root, static_cast<int>(-exponent)) : root;
+  norm = norm == 0 ? added : std::hypot(norm, added);
 }
 
 // Adds one backward call to `time_stats`, the columns of gradkernels/telemetry.py, TIME_FIELDS.
@@ -133,9 +136,9 @@ static void record_steps(const Steps& steps, const std::vector<StepSums>& sums, 
       for (int c = 0; c < 7; ++c) total.counts[c] += part.counts[c];
     }
     double* row = first + (1 + t) * columns;
-    row[0] = std::hypot(row[0], scaled(total.dh, exponent[t]));
-    row[1] = std::hypot(row[1], scaled(total.dc, exponent[t]));
-    row[2] = std::hypot(row[2], scaled(total.dh_recurrent, n == 0 ? 0 : exponent[steps.order[T - n]]));
+    merge_norm(row[0], total.dh, exponent[t]);
+    merge_norm(row[1], total.dc, exponent[t]);
+    merge_norm(row[2], total.dh_recurrent, n == 0 ? 0 : exponent[steps.order[T - n]]);
     row[3] += static_cast<double>(steps.size[t] * H);
     for (int c = 0; c < 7; ++c) row[4 + c] += total.counts[c];
     row[11] += total.forget;
@@ -162,7 +165,7 @@ static Walked walk_back(const Steps& steps, const Tensor& dy, const OptionalTens
   const Tensor dgates_scaled = at::empty({2, B, stride}, options), packed_hh = panels<A>(4 * H, P, c0);
   const Tensor packed_hr = projected ? panels<A>(P, H, c0) : Tensor(), dh_scaled = scratch({B, P}), dm = scratch({B, H});
   const int threads = num_step_threads(4 * B * H * P, std::min(H, P) / 16);
-  std::vector<A> largest(2 * threads);
+  std::vector<A> largest(2 * threads), rows_of_threads(time_stats ? threads * 2 * H : 0);
   std::vector<StepSums> sums(time_stats ? steps.num_steps() * threads : 0);
   std::vector<int64_t> exponent(time_stats ? steps.num_steps() : 0);
   const LstmBackward<A> p{steps,
@@ -185,6 +188,7 @@ static Walked walk_back(const Steps& steps, const Tensor& dy, const OptionalTens
                           writable<A>(dh_scaled),
                           writable<A>(dm),
                           largest.data(),
+                          rows_of_threads.data(),
                           sums.data(),
                           exponent.data()};
   const auto walk = GK_CHOOSE((lstm_backward<A>));
