@@ -1,6 +1,7 @@
 """One LSTM layer in one direction, against torch.lstm and against a loop over single sequences."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -172,16 +173,20 @@ def test_threads(num_threads, layout):
 
 
 def test_fork_after_use():
-    """A child process finds no threads of its parent, and computes all the same."""
-    case = case_of(2, 50, 9, 150)
+    """A child process finds no threads of its parent, and computes all the same.
+
+    PyTorch's own operations hang in a child where they are shared by threads: with so few rows none is but the fill with NaN.
+    """
+    case = case_of(2, 12, 1, 150)
     torch.set_num_threads(2)
     outputs = differentiate(case.function, case.inputs, case.dys)[0]
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # PyTorch's own products hang in a child that asks for its parent's threads
+        signal.alarm(30)
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch._C._set_grad_enabled(False)
-        with_threads = [OP.lstm_layer_fwd(*case.inputs, None, False)[:3] for _ in range(2)]
-        os._exit(0 if all(torch.equal(a, b) for a, b in zip(with_threads[1], outputs, strict=True)) else 1)
+        again = OP.lstm_layer_fwd(*case.inputs, None, False)[:3]
+        os._exit(0 if all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True)) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
