@@ -27,7 +27,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run
-	$(BIN)/python -m benchmarks.table --write README.md
+	$(BIN)/python -m benchmarks.table --write
 
 codegen: $(VENV)/.built
 	$(BIN)/python -m benchmarks.codegen

@@ -45,4 +45,4 @@ def case(dtype: torch.dtype, shape: tuple[int, int]) -> Case:
         return [torch.randn(B, H).to(dtype), *((torch.randn(s) * H**-0.5).to(dtype) for s in shapes)]
 
     floor = STEPS * (2 * (8 * H * H + 8 * H) + 16 * B * H) * dtype.itemsize
-    return Case("lstm_cell", dtype, shape, make_inputs, variants, floor)
+    return Case("lstm_cell", dtype, shape, make_inputs, variants, floor, flops=3 * 2 * STEPS * B * 8 * H * H)

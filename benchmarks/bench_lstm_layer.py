@@ -79,7 +79,8 @@ def case(op: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Case:
     saved = 2 * 5 * rows * H * max(4, dtype.itemsize)
     weights = 4 * H * (H + P + 2) + (P * H if P < H else 0)
     floor = (3 * rows * H + 2 * rows * P + 3 * weights) * dtype.itemsize + saved
-    return Case(op, dtype, shape, make_inputs, variants, floor)
+    multiplied = 4 * H * H + 4 * H * P + (P * H if P < H else 0)  # a row; backward has two products for each one forward
+    return Case(op, dtype, shape, make_inputs, variants, floor, flops=3 * 2 * rows * multiplied)
 
 
 def cell_loop(inputs: tuple[torch.Tensor, ...], state: tuple[torch.Tensor, ...], hooks: bool) -> torch.Tensor:

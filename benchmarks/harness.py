@@ -30,6 +30,7 @@ ROTATE_BYTES = 64 * 2**20  # buffers are rotated until a round trip is larger th
 BASE = "eager"
 ALLOWED_ERROR = 2.0  # a variant whose error against float64 exceeds this multiple of eager's is not timed
 ORDER_OF_SUMS = 64  # roundings
+PRODUCT = 512  # rows and columns of the product whose rate is the yardstick
 
 Tensors = Sequence[torch.Tensor]
 Variant = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
@@ -37,7 +38,11 @@ Variant = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 @dataclass
 class Case:
-    """One op at one shape and dtype. A variant maps the inputs to one output or several; `bytes_moved` is its floor."""
+    """One op at one shape and dtype. A variant maps the inputs to one output or several.
+
+    `bytes_moved` is its floor. flops: of an op made of products, twice its multiply-adds; its share of the rate of one large
+    product, measured in the same rounds, then says how far it is from what the arithmetic allows.
+    """
 
     op: str
     dtype: torch.dtype
@@ -45,7 +50,7 @@ class Case:
     make_inputs: Callable[[], list[torch.Tensor]]
     variants: dict[str, Variant]
     bytes_moved: int
-    num_outputs: int = 1
+    flops: int = 0
     buffers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
 
 
@@ -126,6 +131,9 @@ def measure(case: Case) -> Iterator[dict]:
     source = torch.empty(max(1, case.bytes_moved // 2), dtype=torch.uint8)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[int], object]] = {"copy": lambda index: target.copy_(source)}
+    square = torch.randn(PRODUCT, PRODUCT).to(case.dtype)
+    if case.flops:
+        calls["product"] = lambda index: square @ square
     for name, variant in {**case.variants, "eager again": case.variants[BASE]}.items():
         if name not in wrong:
             calls[name] = lambda index, variant=variant: forward_backward(variant, *case.buffers[index % len(case.buffers)])
@@ -134,6 +142,10 @@ def measure(case: Case) -> Iterator[dict]:
         ratios = [mine / base for mine, base in zip(times[name], times[BASE], strict=True)]
         copies = [copy / mine for copy, mine in zip(times["copy"], times[name], strict=True)]
         line = {**identity(case, name), "ratio_to_eager": quantiles(ratios), "share_of_copy": quantiles(copies)["median"]}
+        if case.flops and name not in ("copy", "product"):
+            rates = zip(times["product"], times[name], strict=True)
+            shares = [case.flops / mine / (2 * PRODUCT**3 / product) for product, mine in rates]
+            line["share_of_product"] = quantiles(shares)["median"]
         if name == "telemetry on":
             pairs = zip(times[name], times["telemetry off"], strict=True)
             line["ratio_to_telemetry_off"] = quantiles([mine / off for mine, off in pairs])
@@ -168,13 +180,15 @@ def environment() -> dict:
 
 
 def device() -> str:
-    """The CPU's model name and the number of threads torch uses."""
+    """The CPU's model name, the instruction set our kernels use on it, and the number of threads torch uses."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    kernels = gk.implementations()["gelu on cpu"]
+    isa = kernels.removeprefix("C++ (").removesuffix(")") if kernels.startswith("C++") else "no kernels"
+    return f"{name}, {isa}, {torch.get_num_threads()} threads"
 
 
 def results_file() -> Path:

@@ -1,9 +1,11 @@
-"""python -m benchmarks.run [op ...]: times the ops, prints a line each, and writes benchmarks/results/<device>.jsonl."""
+"""python -m benchmarks.run [--threads N] [op ...]: times the ops and writes benchmarks/results/<device>.jsonl."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from importlib import import_module
+
+import torch
 
 from benchmarks import harness
 
@@ -23,10 +25,17 @@ def show(line: dict) -> None:
     print(text, flush=True)
 
 
-def main(names: list[str]) -> int:
-    """Exit code 1 if a variant failed its correctness gate."""
+def main() -> int:
+    """Prints a line a figure. Exit code 1 if a variant failed its correctness gate."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=main.__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(MODULES)}; all of them if none is named")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads torch uses")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.ops) - set(MODULES):
+        parser.error(f"op must be one of {', '.join(MODULES)}, got {', '.join(sorted(unknown))}")
+    torch.set_num_threads(arguments.threads)
     lines, ops = [], set()
-    for name in names or MODULES:
+    for name in arguments.ops or MODULES:
         for line in import_module(f"benchmarks.bench_{name}").lines() if name == "step" else _lines(name):
             show(line)
             lines.append(line)
@@ -40,4 +49,4 @@ def _lines(name: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())
