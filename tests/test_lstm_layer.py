@@ -1,8 +1,5 @@
 """One LSTM layer in one direction, against torch.lstm and against a loop over single sequences."""
 
-import os
-import signal
-
 import pytest
 import torch
 from cases import make_case
@@ -16,7 +13,6 @@ from checks import (
     check_compile,
     check_dynamic_batch,
     check_repeatable,
-    check_threads,
     check_transform,
     check_vmap_stats,
     check_without_gradients,
@@ -153,41 +149,6 @@ def test_special_values(dtype):
     assert not gradients[0][:4, 4].isfinite().any()
     assert gradients[4].isnan().any()
     check_case_stats(case)
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed reverse", "projected"])
-@pytest.mark.parametrize("num_threads", [2, 3])
-def test_threads(num_threads, layout):
-    """Steps large enough to be shared: as one thread computes them, to the bit, and the same twice."""
-    options = dict(LAYOUTS[layout])
-    options = {"P": 100} if "P" in options else options
-    if "lengths" in options:
-        options["lengths"] = (3,) * 30 + (2,) * 20 + (1,) * 3
-    case = case_of(3, 50, 9, 150, **options)
-    alone = differentiate(case.function, case.inputs, case.dys)
-    check_threads(case, num_threads)
-    torch.set_num_threads(num_threads)
-    same(differentiate(case.function, case.inputs, case.dys)[0], alone[0])
-    torch.set_num_threads(1)
-    same(differentiate(case.function, case.inputs, case.dys), alone)
-
-
-def test_fork_after_use():
-    """A child process finds no threads of its parent, and computes all the same.
-
-    PyTorch's own operations hang in a child where they are shared by threads: with so few rows none is but the fill with NaN.
-    """
-    case = case_of(2, 12, 1, 150)
-    torch.set_num_threads(2)
-    outputs = differentiate(case.function, case.inputs, case.dys)[0]
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch._C._set_grad_enabled(False)
-        again = OP.lstm_layer_fwd(*case.inputs, None, False)[:3]
-        os._exit(0 if all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True)) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_backward_twice():

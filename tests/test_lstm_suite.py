@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from lstm_modules import check_same, flat, pair, results
+from lstm_modules import check_same, flat, pair
 from test_lstm import OPTIONS
 from torch import multiprocessing, nn
 from torch.nn.utils import parametrizations, prune
@@ -136,9 +136,8 @@ def test_layouts_of_inputs():
 def test_gradient_penalty():
     """Second order through a training step: the gradient of a gradient's norm reaches every weight, in float32."""
     ours, twin = pair(5, 6, 2, bidirectional=True)
-    found = []
+    x, found = randn(4, 3, 5).requires_grad_(), []
     for module in (ours, twin):
-        x = randn(4, 3, 5).requires_grad_() if not found else x.detach().requires_grad_()
         with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's backward cannot be differentiated
             (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(dx.square().sum(), [x, *module.parameters()], allow_unused=True))
