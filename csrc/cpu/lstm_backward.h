@@ -60,7 +60,8 @@ struct Squares {
     for (; j + 2 * WIDTH<double> <= count; j += 2 * WIDTH<double>) {
       Half halves[2];
       __builtin_memcpy(halves, values + j, sizeof(halves));
-      const auto first = __builtin_convertvector(halves[0], Vec<double>), second = __builtin_convertvector(halves[1], Vec<double>);
+      const auto first = __builtin_convertvector(halves[0], Vec<double>),
+                 second = __builtin_convertvector(halves[1], Vec<double>);
       even += first * first;
       odd += second * second;
     }
