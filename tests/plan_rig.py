@@ -26,6 +26,7 @@ FUNCTION = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
 )
 LIBRARIES = []
+KEPT = []
 NUMBERS = itertools.count()
 
 
@@ -195,3 +196,32 @@ def check_replay(rig, op, kernel, make_args):
     here = normalised(replayed, args, outputs_of(got))
     assert here == normalised(python, expected_args, outputs_of(expected))
     return here
+
+
+class DLTensor(ctypes.Structure):
+    """DLManagedTensor of the DLPack standard."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int),
+        ("device_index", ctypes.c_int),
+        ("num_dims", ctypes.c_int),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
+
+
+def on_device_without_code(index):
+    """Four float32 on device `index` of a kind (MAIA) that this PyTorch cannot do anything with; they are never read."""
+    size, stride = (ctypes.c_int64 * 1)(4), (ctypes.c_int64 * 1)(1)
+    managed = DLTensor(4096, 17, index, 1, 2, 32, 1, size, stride)
+    KEPT.append((size, stride, managed))
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return torch.utils.dlpack.from_dlpack(new(ctypes.addressof(managed), b"dltensor", None))
