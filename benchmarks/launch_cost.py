@@ -143,7 +143,7 @@ def main() -> None:
     """Prints a line a figure and writes benchmarks/results/<device>.jsonl."""
     triton.runtime.driver.set_active(NoDriver())
     found = []
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(plans, "can_launch", lambda device: True):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(plans, "can_launch", return_value=True):
         _C.set_launch_function(launch_nothing(Path(folder)))
         for line in lines():
             figures = line["microseconds"]

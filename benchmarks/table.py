@@ -58,9 +58,15 @@ def step_rows(lines: list[dict]) -> list[str]:
     ]
 
 
+def comparisons(path: Path) -> list[dict]:
+    """The lines that compare with eager round by round; other files and lines (machine code, host time, a GPU's) have none."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if isinstance(line.get("ratio_to_eager"), dict) or "failed" in line]
+
+
 def tables(path: Path) -> str:
     """Markdown of one results file."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = comparisons(path)
     first = lines[0]
     text = [
         f"{first['device']}, {first['kernels']}, torch {first['torch']}. Forward and backward with all gradients, allocation "
@@ -80,7 +86,7 @@ def tables(path: Path) -> str:
 
 def main(arguments: list[str]) -> None:
     """Prints the tables, or writes them between the markers of a file."""
-    text = "\n\n".join(tables(path) for path in sorted(RESULTS.glob("*.jsonl")))
+    text = "\n\n".join(tables(path) for path in sorted(RESULTS.glob("*.jsonl")) if comparisons(path))
     if arguments[:1] == ["--write"]:
         path = Path(arguments[1])
         head, rest = path.read_text().split(BEGIN)

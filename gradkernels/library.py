@@ -22,9 +22,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 NORMS_IN_FLOAT32 = frozenset(  # devices on which torch.nn.functional.layer_norm has a rule of its own under torch.autocast
-    device
-    for device, key in AUTOCAST_KEYS.items()
-    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::layer_norm", key)
+    device for device, key in AUTOCAST_KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key("aten::layer_norm", key)
 )
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 

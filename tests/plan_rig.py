@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.codegen import Launch, compile_for, signature_of
 from gradkernels.library import _C
+from gradkernels.telemetry import NUM_CELLS
 from gradkernels.triton import KERNELS, launch, plans
 
 NAMESPACE = "plans_test"
@@ -123,7 +124,7 @@ def rigged(compiled_for=stand_in, watch=plans.watch):
         _C.implement(f"{namespace}::{op}", "CPU", kernel, watch)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "run", rig.run))
-        stack.enter_context(mock.patch.object(plans, "can_launch", lambda device: True))
+        stack.enter_context(mock.patch.object(plans, "can_launch", return_value=True))
         _C.set_launch_function(ctypes.cast(rig.callback, ctypes.c_void_p).value)
         ops = {op: getattr(getattr(torch.ops, namespace), op).default for op in KERNELS}
         yield rig, ops
@@ -140,6 +141,10 @@ def for_hopper(found, handle):
     compiled = compile_for(found, GPUTarget("cuda", 90, 32))
     compiled.function = handle
     return compiled
+
+
+def table(ports, on=True):
+    return torch.zeros(ports, NUM_CELLS, 8, dtype=torch.float64) if on else None
 
 
 def outputs_of(result):

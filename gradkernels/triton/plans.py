@@ -106,17 +106,15 @@ class Recording(TorchDispatchMode):
         if t.numel() == 0:
             return LITERAL, 0
         memory = list(enumerate([*inputs, *self.allocations]))
-        places = [(index, t.data_ptr() - owner.data_ptr()) for index, owner in memory if owner is not None and lies_in(t, owner)]
-        return places[0] if len(places) == 1 else None
+        owners = [(index, owner) for index, owner in memory if owner is not None and lies_in(t, owner)]
+        return (owners[0][0], t.data_ptr() - owners[0][1].data_ptr()) if len(owners) == 1 else None
 
     def _used(self, launches: list, results: list[int], num_inputs: int) -> tuple:
         """The plan without allocations that nobody looks at."""
         seen = {tensor - num_inputs for launch in launches for tensor, _ in launch[-1] if tensor >= num_inputs}
         kept = sorted(seen | set(results))
         moved = {num_inputs + old: num_inputs + new for new, old in enumerate(kept)}
-        launches = [
-            (*launch[:-1], [(moved.get(tensor, tensor), value) for tensor, value in launch[-1]]) for launch in launches
-        ]
+        launches = [(*launch[:-1], [(moved.get(tensor, tensor), value) for tensor, value in launch[-1]]) for launch in launches]
         return (
             [(list(t.shape), list(t.stride()), t.dtype) for t in (self.allocations[index] for index in kept)],
             launches,
