@@ -1,9 +1,10 @@
-"""python -m benchmarks.gpu [--dry-run]: what `make gpu` runs on any NVIDIA GPU, most important figures first.
+"""python -m benchmarks.gpu [--dry-run] [--summary FILE]: what `make gpu` runs on any NVIDIA GPU, important figures first.
 
 The ops' tests on the Triton kernels, then each op's forward and backward against a copy of the same bytes, eager PyTorch
 and torch.compile, with telemetry off and on, launched one by one and replayed from a CUDA graph. Every figure is appended
 to benchmarks/results/<device>.jsonl as soon as it is there, so that stopping at any time loses nothing. --dry-run does the
-same on the CPU with small shapes, without graphs and without writing, to try the script where there is no GPU.
+same on the CPU with small shapes, without graphs and without writing, to try the script where there is no GPU. At the end,
+and with --summary for any results file, there is one page of what the figures say: benchmarks/gpu_summary.py.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import torch
 import torch.nn.functional as F
 
 import gradkernels as gk
+from benchmarks.gpu_summary import summary, summary_of
 from benchmarks.harness import RESULTS, environment
 
-SHAPES = ((8192, 4096), (16384, 1024), (4096, 4096), (2048, 8192), (8192, 8192), (512, 768), (64, 256))
+SHAPES = ((8192, 4096), (16384, 1024), (4096, 4096), (2048, 8192), (8192, 8192), (512, 768), (64, 256), (8, 64))
 DTYPES = (torch.bfloat16, torch.float32)
 TESTS = ("test_triton_kernels.py", "test_gpu.py")
 ROUNDS = 7
 ROUND_SECONDS = 0.02
+HOST_CALLS = 50  # timed without waiting for the device, whose queue of launches they do not fill
 CACHE_BYTES = 256 * 2**20  # buffers are rotated until a round trip is larger than any L2 cache
 Step = Callable[[int], object]
 
@@ -110,6 +113,20 @@ def interleaved(steps: dict[str, Step], device: torch.device) -> dict[str, list[
     return times
 
 
+def host_seconds(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
+    """Seconds of the host's a step: until the work is in the device's queue. The median of rounds in turns."""
+    times = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for index in range(HOST_CALLS):
+                step(index)
+            times[name].append((time.perf_counter() - start) / HOST_CALLS)
+    synchronize(device)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def in_graphs(step: Step, count: int) -> Step:
     """The step's work for each set of buffers, captured once; a call replays one."""
     stream = torch.cuda.Stream()
@@ -170,6 +187,7 @@ def lines_of(op: Op, shape: tuple[int, int], dtype: torch.dtype, device: torch.d
             ways["graph"] = {name: in_graphs(step, len(buffers)) for name, step in steps.items()}
         for way, steps_this_way in ways.items():
             times = interleaved(steps_this_way, device)
+            host = host_seconds(steps_this_way, device) if way == "call" else {}
             for name, own in times.items():
                 ratio = lambda base, own=own, times=times: statistics.median(  # noqa: E731
                     mine / other for mine, other in zip(own, times[base], strict=True)
@@ -183,6 +201,7 @@ def lines_of(op: Op, shape: tuple[int, int], dtype: torch.dtype, device: torch.d
                     "shape": list(shape),
                     "bytes_moved": moved,
                     "microseconds": round(1e6 * statistics.median(own), 2),
+                    **({"host_microseconds": round(1e6 * host[name], 2)} if host else {}),
                     "share_of_copy": round(1 / ratio("copy"), 3),
                     "ratio_to_eager": round(ratio("eager"), 3),
                     **({"ratio_to_telemetry_off": round(ratio("telemetry off"), 4)} if name == "telemetry on" else {}),
@@ -200,7 +219,12 @@ def main(arguments: list[str]) -> int:
     """The exit code of the tests; figures are taken whether they pass or not, and say so."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU; writes nothing")
-    dry = parser.parse_args(arguments).dry_run
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="only print the summary of a results file")
+    chosen = parser.parse_args(arguments)
+    if chosen.summary:
+        print(summary_of(chosen.summary))
+        return 0
+    dry = chosen.dry_run
     if not (dry or torch.cuda.is_available()):
         raise SystemExit(
             "make gpu: torch sees no CUDA device here; python -m benchmarks.gpu --dry-run tries the script on the CPU"
@@ -210,14 +234,17 @@ def main(arguments: list[str]) -> int:
     path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
     failed = 0 if dry else run_tests()
     about = {**environment(), "device": name, "kernels": gk.implementations().get("gelu on cuda", "C++"), "tests": failed}
+    lines = []
     for shape in ((16, 64),) if dry else SHAPES:
         for dtype in DTYPES:
             for op in OPS:
                 for line in lines_of(op, shape, dtype, device):
+                    lines.append({**line, **about})
                     print(" ".join(str(value) for value in line.values()), flush=True)
                     if not dry:
                         with path.open("a") as file:
-                            file.write(json.dumps({**line, **about}) + "\n")
+                            file.write(json.dumps(lines[-1]) + "\n")
+    print(f"\n{summary(lines)}" + ("" if dry else f"\n\nwritten to {path}"))
     return failed
 
 

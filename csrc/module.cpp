@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "common.h"
+#include "plans.h"
 
 namespace py = pybind11;
 
@@ -40,4 +41,5 @@ PYBIND11_MODULE(_C, m) {
     const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
     return names[static_cast<int>(gk::cpu_isa())];
   });
+  gk::bind_plans(m);
 }

@@ -20,6 +20,10 @@ NAMESPACE = "gradkernels"
 VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.grad(is_grads_batched=True)
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
+NORMS_IN_FLOAT32 = frozenset(  # devices on which torch.nn.functional.layer_norm has a rule of its own under torch.autocast
+    device for device, key in AUTOCAST_KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key("aten::layer_norm", key)
+)
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -65,15 +69,21 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def implement(name: str, kernel: Callable) -> None:
+def implement(name: str, kernel: Callable, watch: Callable) -> None:
     """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
+
+    Where the extension is built, it repeats calls of a kind that it has seen before without calling `kernel`: csrc/plans.h.
+    `watch(kernel, *args)` is called for the second call of a kind, and says what it did.
 
     torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
     does it, so that Inductor plans memory and launches for them as for kernels of its own.
     """
     ON_CUDA.append(name)
     op = getattr(torch.ops.gradkernels, name).default
-    LIBRARY.impl(name, kernel, "CUDA")
+    if _C is not None:
+        _C.implement(f"{NAMESPACE}::{name}", "CUDA", kernel, watch)
+    else:
+        LIBRARY.impl(name, kernel, "CUDA")
 
     def functional(mode: FunctionalTensorMode, *args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
@@ -115,6 +125,18 @@ def autocast_off(x: torch.Tensor) -> AbstractContextManager:
     """A context in which products on x's device are computed in the dtype of their arguments, as our ops mean them."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as PyTorch's layer_norm computes them: in float32 in an autocast region of a GPU, float64 ones as they are.
+
+    On the CPU autocast leaves layer_norm alone, as it leaves gelu alone everywhere.
+    """
+    device = x.device.type
+    if device not in NORMS_IN_FLOAT32 or not torch.is_autocast_enabled(device):
+        return (x, *others)
+    wide = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
+    return tuple(t if wide(t) else t.float() for t in (x, *others))
 
 
 def implementations() -> dict[str, str]:

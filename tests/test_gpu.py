@@ -106,6 +106,43 @@ def test_no_recompile_for_another_batch():
     assert run(64) == run(96) == run(1000) == run(3)
 
 
+def test_plans():
+    """From its third call on a kind of call is repeated by C++: the same bits and statistics, on another stream too."""
+    plans_of = pytest.importorskip("gradkernels._C").plans_of
+    for op in ("gelu", "layer_norm", "add_layer_norm"):
+        case = make_case(op, 33, 264)
+        inputs, dys = on_gpu(case)
+        stats = [gk.new_stats(len(case.ports), "cuda") for _ in range(6)]
+        before = plans_of(f"gradkernels::{op}_bwd")["replays"]
+        runs = [differentiate(partial(case.function, stats=table), inputs, dys) for table in stats[:5]]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            runs.append(differentiate(partial(case.function, stats=stats[5]), inputs, dys))
+        torch.cuda.synchronize()
+        assert plans_of(f"gradkernels::{op}_bwd")["replays"] >= before + 3
+        for run, table in zip(runs[1:], stats[1:], strict=True):
+            same(run, runs[0])
+            assert torch.equal(table, stats[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """Dtypes and numbers of PyTorch's layer_norm and gelu in the same region."""
+    x = torch.randn(32, 64, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(64, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        ours, theirs = gk.layer_norm(x, (64,), weight), torch.nn.functional.layer_norm(x, (64,), weight)
+        assert gk.gelu(x).dtype is torch.nn.functional.gelu(x).dtype
+        y, h = gk.add_layer_norm(x, x, (64,), weight)
+        assert (y.dtype, h.dtype) == (torch.nn.functional.layer_norm(x + x, (64,), weight).dtype, (x + x).dtype)
+    assert ours.dtype is theirs.dtype is torch.float32
+    dy = torch.randn_like(ours)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(t, (x, weight), dy) for t in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device():
     """Kernels run where their tensors are, whatever the current device is."""

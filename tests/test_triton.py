@@ -20,6 +20,11 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 OP = torch.ops.gradkernels
 OPS = ("gelu", "residual", "probe", "layer_norm", "add_layer_norm")
+VERSION = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "0.0"
+since_3_9 = pytest.mark.skipif(
+    tuple(map(int, VERSION.split(".")[:2])) < (3, 9),
+    reason="the machine code is that of Triton 3.9 and later: 3.6 spills 64 bytes in two kernels (docs/kernels.md)",
+)
 
 
 def test_kernels():
@@ -57,6 +62,7 @@ def check_lines(lines, targets):
             assert line["loop_instructions_per_element"] < 60, line
 
 
+@since_3_9
 def test_codegen():
     """Every kernel and dtype for Hopper; with statistics for the other targets."""
     check_lines(codegen("--target", "sm_90", "--columns", "1024", "--columns", "4096", "--columns", "16384"), ["sm_90"])
@@ -65,6 +71,7 @@ def test_codegen():
     check_lines(codegen(*arguments, "--columns", "4096", "--telemetry", "on"), others)
 
 
+@since_3_9
 @pytest.mark.slow
 def test_codegen_of_everything():
     lines = codegen()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.library import ArgumentError, autocast_norm, define_autograd, define_composite, define_kernel
 from gradkernels.ops.layer_norm import (
     check_norm_arguments,
     column_fake,
@@ -214,8 +214,12 @@ def add_layer_norm(
     stats: statistics tensor (5, cells, 8) for the ports dy, dnew_residual, dx, dweight, dbias, written in backward; dx is
     the gradient of the residual stream, dL/d(residual) = dL/dx, in residual's dtype. None measures nothing.
     Returns y (x's shape and dtype) and new_residual (residual's dtype), contiguous; y is the norm of new_residual as
-    stored. Raises TypeError for another dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
+    stored. Under torch.autocast("cuda") all is float32, y too, as PyTorch's layer_norm has it; new_residual is then rounded
+    to the dtype of residual + x. Raises TypeError for another dtype, ArgumentError for a shape or device that does not fit.
+    Differentiable twice.
     """
+    given = x, residual
+    x, residual, weight, bias = autocast_norm(x, residual, weight, bias)
     num_dims = check_norm_arguments("add_layer_norm", x, normalized_shape, weight, bias)
     if residual.shape != x.shape:
         expected = tuple(x.shape)
@@ -228,4 +232,7 @@ def add_layer_norm(
         raise ArgumentError(f"add_layer_norm: residual must be on x's device, {x.device}, got {residual.device}")
     if stats is not None:
         check_stats("add_layer_norm", stats, x, PORTS)
-    return _add_layer_norm_op(x, residual, num_dims, weight, bias, eps, stats)
+    y, new_residual = _add_layer_norm_op(x, residual, num_dims, weight, bias, eps, stats)
+    if residual is not given[1]:
+        new_residual = new_residual.to(torch.promote_types(given[0].dtype, given[1].dtype))
+    return y, new_residual

@@ -5,6 +5,7 @@ Imported by gradkernels where torch was built for CUDA or ROCm and triton is ins
 
 from gradkernels.library import implement
 from gradkernels.triton import add_layer_norm, gelu, layer_norm, probe, residual
+from gradkernels.triton.plans import watch
 
 KERNELS = {
     "gelu_fwd": gelu.gelu_fwd,
@@ -19,4 +20,4 @@ KERNELS = {
 }
 
 for op, kernel in KERNELS.items():
-    implement(op, kernel)
+    implement(op, kernel, watch)

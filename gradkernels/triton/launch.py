@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gradkernels.telemetry import NUM_CELLS
+from gradkernels.triton.plans import Recording
 
 THREADS = 256  # a program of a pointwise kernel
 VECTOR_BYTES = 16  # one access
@@ -22,7 +24,8 @@ def launch(
     maxnreg: the registers a thread may take. It is NVIDIA's, and Inductor does not pass it on: a compiled graph launches the
     same kernel without it.
     """
-    if torch._C._len_torch_dispatch_stack() > 0:
+    mode = _get_current_dispatch_mode()
+    if mode is not None and not isinstance(mode, Recording):
         torch.library.wrap_triton(kernel)[grid](*args, **constants, num_warps=num_warps)
         return
     # A multiplication and an addition become one instruction, as in all of CUDA; Triton 3.10 no longer does so unasked.
@@ -30,12 +33,15 @@ def launch(
     if maxnreg is not None and not torch.version.hip:
         options["maxnreg"] = maxnreg
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
-        run(kernel, grid, args, constants, options)
+        compiled = run(kernel, grid, args, constants, options)
+    if mode is not None:
+        given = dict(zip((parameter.name for parameter in kernel.params), args, strict=False))
+        mode.launched(compiled, grid, given | constants)
 
 
-def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> None:
-    """The launch itself."""
-    kernel[grid](*args, **constants, **options)
+def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The launch itself; the compiled kernel, or None where it is interpreted."""
+    return kernel[grid](*args, **constants, **options)
 
 
 def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
