@@ -65,7 +65,7 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def implement(name: str, kernel: Callable) -> None:
+def implement(name: str, kernel: Callable, opaque: bool = False) -> None:
     """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
 
     torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
@@ -74,6 +74,8 @@ def implement(name: str, kernel: Callable) -> None:
     ON_CUDA.append(name)
     op = getattr(torch.ops.gradkernels, name).default
     LIBRARY.impl(name, kernel, "CUDA")
+    if opaque:
+        return
 
     def functional(mode: FunctionalTensorMode, *args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, torch.Tensor)]

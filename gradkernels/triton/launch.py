@@ -33,6 +33,17 @@ def launch(
         run(kernel, grid, args, constants, options)
 
 
+def launch_each(launches: list[tuple[Any, tuple[int, ...], tuple]], *, num_warps: int, **constants: Any) -> None:
+    """Runs each (kernel, grid, arguments) in turn, all with the same constants, as `launch` does; never in a traced graph.
+
+    What is the same for all is done once: on the host a step of a recurrent layer is little more than its launch.
+    """
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    with torch.cuda.device_of(next(arg for arg in launches[0][2] if isinstance(arg, torch.Tensor))):
+        for kernel, grid, args in launches:
+            run(kernel, grid, args, constants, options)
+
+
 def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> None:
     """The launch itself."""
     kernel[grid](*args, **constants, **options)
