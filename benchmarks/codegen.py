@@ -47,6 +47,7 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int32: "i32",
 }
 
 

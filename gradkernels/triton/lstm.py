@@ -120,16 +120,16 @@ def choose_exponent(exponent, largest, incoming, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, size, BLOCK: tl.constexpr):
+def load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, BLOCK: tl.constexpr):
     """(exponent of step t, by how much it is above that of the step after; factors of what comes in, of what is written, and
     of what leaves the walk).
 
     `largest` (steps, programs) holds what each program of the step after saw, `incoming` (steps) the largest magnitude that
-    comes from outside. There is no step after where after < 0, and no step t, only rows that leave, where size is 0.
+    comes from outside. There is no step after where after < 0.
     """
     dtype: tl.constexpr = incoming_ptr.dtype.element_ty
     before = tl.load(exponents_ptr + after, after >= 0, other=0)
-    incoming = tl.load(incoming_ptr + t, size > 0, other=0.0)
+    incoming = tl.load(incoming_ptr + t)
     peak, count = tl.zeros([BLOCK], dtype), tl.where(after >= 0, num_programs, 0)
     for begin in range(0, count, BLOCK):
         program = begin + tl.arange(0, BLOCK)

@@ -116,8 +116,9 @@ def lstm_bwd_step_kernel(
     """dG of step t, of rows [first, first + size): to dgates as it is, to carried (B, 4H) in the step's scale; dc (B, H).
 
     factor_ptr: carried of the step after (B, 4H), of which `live` rows go on; weight_ptr: W_hh^T (P, 4H). With a
-    projection, where dh_ptr is None: this step's dh in its scale (B, P), from lstm_bwd_project_kernel; W_hr^T (H, P). Rows of the step after that do not go on leave
-    the walk: their dh0 and dc0 are left in dh and dc. Row b < continued has its c_{t-1} in row previous + b of cells.
+    projection, where dh_ptr is None: this step's dh in its scale (B, P), from lstm_bwd_project_kernel; W_hr^T (H, P).
+    Rows of the step after that do not go on leave the walk: their dh0 and dc0 are left in dh and dc. Row b < continued has its
+    c_{t-1} in row previous + b of cells.
     largest, exponents: see load_scale; this step's are written. partials: (steps, programs, NUM_SUMS) float64, or None.
     Grid: (blocks of units, blocks of rows).
     """
@@ -125,7 +126,7 @@ def lstm_bwd_step_kernel(
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exponent, jump, into, back, leave = load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, size, 256)
+    exponent, jump, into, back, leave = load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, 256)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
     depth: tl.constexpr = P if dh_ptr is None else 4 * H
     count = size if dh_ptr is None else live
@@ -164,18 +165,17 @@ def lstm_bwd_step_kernel(
     tl.store(carried + 2 * H, dg.to(wide), mask)
     tl.store(carried + 3 * H, do.to(wide), mask)
     cell = t.to(tl.int64) * num_programs + program
-    tl.store(largest_ptr + cell, tl.max(tl.maximum(tl.abs(dh), tl.abs(dc)).ravel(), 0), size > 0)
-    tl.store(exponents_ptr + t, exponent, (size > 0) & (program == 0))
+    tl.store(largest_ptr + cell, tl.max(tl.maximum(tl.abs(dh), tl.abs(dc)).ravel(), 0))
+    tl.store(exponents_ptr + t, exponent, program == 0)
     if partials_ptr is not None:
-        if size > 0:
-            recurrent = zeros.to(tl.float64) if dh_ptr is None else in_scale(product, jump, size, rows)
-            squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
-            sums_ptr = partials_ptr + cell * NUM_SUMS
-            if dh_ptr is not None:
-                tl.store(sums_ptr, squares_dh)
-                tl.store(sums_ptr + 2, squares_recurrent)
-            tl.store(sums_ptr + 1, squares_dc)
-            store_counts(sums_ptr, low, high, forget)
+        recurrent = zeros.to(tl.float64) if dh_ptr is None else in_scale(product, jump, size, rows)
+        squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
+        sums_ptr = partials_ptr + cell * NUM_SUMS
+        if dh_ptr is not None:
+            tl.store(sums_ptr, squares_dh)
+            tl.store(sums_ptr + 2, squares_recurrent)
+        tl.store(sums_ptr + 1, squares_dc)
+        store_counts(sums_ptr, low, high, forget)
 
 
 @triton.jit(do_not_specialize=STEP_INTEGERS)
@@ -211,7 +211,7 @@ def lstm_bwd_project_kernel(
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    _, jump, into, back, leave = load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, size, 256)
+    _, jump, into, back, leave = load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, 256)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
     product = multiply(factor_ptr, rows, live, weight_ptr, outputs, outputs < P, zeros, 4 * H, BLOCK_K, TF32)
     dh = total_dh(product, jump, into, dy_ptr, dh_ptr, first, size, live, rows, outputs, P)
@@ -221,12 +221,11 @@ def lstm_bwd_project_kernel(
     tl.store(dh_scaled_ptr + at, dh.to(dh_scaled_ptr.dtype.element_ty), mask)
     tl.store(dh_total_ptr + first.to(tl.int64) * P + at, (dh * back).to(dh_total_ptr.dtype.element_ty), mask)
     if partials_ptr is not None:
-        if size > 0:
-            squares = (square_sum(dh), square_sum(in_scale(product, jump, size, rows)))
-            squares_dh, squares_recurrent = tl.reduce(squares, 0, add_pairs)
-            sums_ptr = partials_ptr + (t.to(tl.int64) * num_programs + program) * NUM_SUMS
-            tl.store(sums_ptr, squares_dh)
-            tl.store(sums_ptr + 2, squares_recurrent)
+        squares = (square_sum(dh), square_sum(in_scale(product, jump, size, rows)))
+        squares_dh, squares_recurrent = tl.reduce(squares, 0, add_pairs)
+        sums_ptr = partials_ptr + (t.to(tl.int64) * num_programs + program) * NUM_SUMS
+        tl.store(sums_ptr, squares_dh)
+        tl.store(sums_ptr + 2, squares_recurrent)
 
 
 @triton.jit(do_not_specialize=["begin", "size", "num_programs", "num_steps", "recorded"])
@@ -276,8 +275,8 @@ class WalkedBack:
 
     dgates: torch.Tensor  # (rows, 4H) in x's dtype
     dh_total: torch.Tensor | None  # with a projection: dL/dh of all rows (rows, P), in x's dtype
-    partials: torch.Tensor | None  # (T, programs, NUM_SUMS) float64, with statistics
-    exponents: torch.Tensor | None  # (T,) int32
+    partials: torch.Tensor | None  # (T or more, programs, NUM_SUMS) float64, with statistics
+    exponents: torch.Tensor | None  # (T or more) int32
 
 
 def walk_backward(
@@ -327,17 +326,17 @@ def _walk_in_steps(
     dh_total = dgates.new_empty(dgates.shape[0], P) if projected else None
     dh_scaled = weight_hh.new_empty(B, P) if projected else None
     weight_hr = weight_hr.t().to(operand).contiguous() if projected else None
-    incoming, largest = dc.new_empty(T), dc.new_zeros(T, num_programs)
-    exponents = torch.zeros(T, dtype=torch.int32, device=dc.device)
-    partials = dc.new_zeros(T, num_programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
+    # After the first step one more launch takes dh0 and dc0 off the walk, as step T, which has no rows.
+    incoming, largest = dc.new_zeros(T + 1), dc.new_zeros(T + 1, num_programs)
+    exponents = torch.zeros(T + 1, dtype=torch.int32, device=dc.device)
+    partials = dc.new_zeros(T + 1, num_programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     state = (incoming, largest, exponents, partials)
     launches, after, before = [], -1, 0
-    for n, t in enumerate((*reversed(steps.order), None)):
-        first, size = (0, 0) if t is None else (steps.first[t], steps.sizes[t])
-        continued = 0 if t is None else steps.continued(t)
+    for n, t in enumerate((*reversed(steps.order), T)):
+        first, size, continued = (0, 0, 0) if t == T else (steps.first[t], steps.sizes[t], steps.continued(t))
         previous = steps.first[steps.previous(t)] if continued else 0
         row_blocks = -(-max(size, before) // tile["BLOCK_M"])
-        at, factor = (t or 0, after, first), carried[n % 2]
+        at, factor = (t, after, first), carried[n % 2]
         if projected:
             args = (factor, weight_hh, dy, dh, dh_scaled, dh_total, *state, *at, size, before, num_programs)
             launches.append((lstm_bwd_project_kernel, (output_blocks, row_blocks), args))
