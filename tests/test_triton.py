@@ -19,7 +19,7 @@ from gradkernels.telemetry import NUM_CELLS
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 OP = torch.ops.gradkernels
-OPS = ("gelu", "residual", "probe", "layer_norm", "add_layer_norm")
+OPS = ("gelu", "residual", "probe", "layer_norm", "add_layer_norm", "lstm_cell", "lstm_layer")
 
 
 def test_kernels():

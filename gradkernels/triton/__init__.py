@@ -4,7 +4,7 @@ Imported by gradkernels where torch was built for CUDA or ROCm and triton is ins
 """
 
 from gradkernels.library import implement
-from gradkernels.triton import add_layer_norm, gelu, layer_norm, lstm_layer, probe, residual
+from gradkernels.triton import add_layer_norm, gelu, layer_norm, lstm_cell, lstm_layer, probe, residual
 
 KERNELS = {
     "gelu_fwd": gelu.gelu_fwd,
@@ -16,6 +16,8 @@ KERNELS = {
     "residual_bwd": residual.residual_bwd,
     "probe_bwd": probe.probe_bwd,
     "fold": probe.fold,
+    "lstm_cell_fwd": lstm_cell.lstm_cell_fwd,
+    "lstm_cell_bwd": lstm_cell.lstm_cell_bwd,
     "lstm_layer_fwd": lstm_layer.lstm_layer_fwd,
     "lstm_layer_bwd": lstm_layer.lstm_layer_bwd,
 }
