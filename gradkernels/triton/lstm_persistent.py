@@ -16,6 +16,8 @@ try:
 except ModuleNotFoundError:  # built without CUDA; an extension that does not load raises its own ImportError
     _C_cuda = None
 
+OPS = torch.ops.gradkernels  # lstm_walk_fwd and lstm_walk_bwd are defined by _C_cuda
+
 
 def num_programs(y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int) -> int:
     """Programs of the persistent walk over tensors like `y`; 0 where there is none, or they do not fit on the device."""
@@ -37,7 +39,7 @@ def walk_forward(
     """Whether it has been done: gates activated, y and cells filled."""
     if not num_programs(y, weight_hr, c0.shape[1], False, steps.B):
         return False
-    torch.ops.gradkernels.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse)
+    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse)
     return True
 
 
@@ -61,5 +63,5 @@ def walk_backward(
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
     outputs = (dgates, partials, exponents, steps.batch_sizes, steps.reverse)
-    torch.ops.gradkernels.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs)
+    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs)
     return partials, exponents
