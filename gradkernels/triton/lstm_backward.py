@@ -33,15 +33,15 @@ from gradkernels.triton.lstm import (
 )
 from gradkernels.triton.lstm_steps import Steps, aligned, tile_of, uses_tf32
 
-SCAN = tl.constexpr(1024)  # elements that a program looks at together where it looks for the largest
+SCAN = 1024  # elements that a program looks at together where it looks for the largest
 STEP_INTEGERS = ["t", "after", "first", "previous", "size", "live", "continued", "num_programs"]
 
 
 @triton.jit
 def largest_of(ptr, first, count, largest):
     """`largest`, an element a lane, with the magnitudes of `count` elements from `first` on; NaN is passed over."""
-    for begin in range(0, count, SCAN):
-        at = begin + tl.arange(0, SCAN)
+    for begin in range(0, count, largest.numel):
+        at = begin + tl.arange(0, largest.numel)
         v = tl.load(ptr + first + at, at < count, other=0.0)
         largest = tl.maximum(largest, tl.abs(v.to(largest.dtype)))
     return largest
@@ -49,12 +49,23 @@ def largest_of(ptr, first, count, largest):
 
 @triton.jit(do_not_specialize=["begin", "first", "size", "joining", "live"])
 def lstm_incoming_kernel(
-    dy_ptr, dh_ptr, dc_ptr, incoming_ptr, begin, first, size, joining, live, H: tl.constexpr, P: tl.constexpr
+    dy_ptr,
+    dh_ptr,
+    dc_ptr,
+    incoming_ptr,
+    begin,
+    first,
+    size,
+    joining,
+    live,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """incoming[t] = the largest magnitude that step t receives from outside: dy, and the dh_n and dc_n of sequences that end
     there, which are rows `live` and up of dh and dc in step `joining`. Grid: steps of one size, from `begin` on."""
     step = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros([SCAN], incoming_ptr.dtype.element_ty)
+    largest = tl.zeros([BLOCK], incoming_ptr.dtype.element_ty)
     if dy_ptr is not None:
         largest = largest_of(dy_ptr, (first + step * size) * P, size * P, largest)
     joined = tl.where(begin + step == joining, size - live, 0)
@@ -359,7 +370,7 @@ def _launch_incoming(steps: Steps, dy: torch.Tensor | None, dh: torch.Tensor, dc
         joining = begin if steps.reverse else end
         where = (begin, steps.first[begin], steps.sizes[begin], joining, steps.live(joining))
         launches.append((lstm_incoming_kernel, (end - begin + 1,), (dy, dh, dc, incoming, *where)))
-    launch_each(launches, H=dc.shape[1], P=dh.shape[1], num_warps=4)
+    launch_each(launches, H=dc.shape[1], P=dh.shape[1], BLOCK=SCAN, num_warps=4)
 
 
 def record_steps(steps: Steps, walked: WalkedBack, H: int, time_stats: torch.Tensor) -> None:
