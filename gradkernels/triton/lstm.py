@@ -69,6 +69,25 @@ def gates_backward(dh, dc_next, i, f, g, o, m, c):
 
 
 @triton.jit
+def load_gates(ptr, H: tl.constexpr, mask):
+    """i, f, g, o, H apart; zeros where masked."""
+    i = tl.load(ptr, mask, other=0.0)
+    f = tl.load(ptr + H, mask, other=0.0)
+    g = tl.load(ptr + 2 * H, mask, other=0.0)
+    return i, f, g, tl.load(ptr + 3 * H, mask, other=0.0)
+
+
+@triton.jit
+def store_gates(ptr, i, f, g, o, H: tl.constexpr, mask):
+    """i, f, g, o to where load_gates finds them, in the memory's dtype."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    tl.store(ptr, i.to(dtype), mask)
+    tl.store(ptr + H, f.to(dtype), mask)
+    tl.store(ptr + 2 * H, g.to(dtype), mask)
+    tl.store(ptr + 3 * H, o.to(dtype), mask)
+
+
+@triton.jit
 def multiply(
     a_ptr, rows, num_rows, w_ptr, weight_rows, weight_mask, acc, K: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr
 ):

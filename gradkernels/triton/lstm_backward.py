@@ -24,11 +24,13 @@ from gradkernels.triton.lstm import (
     add_pairs,
     gates_backward,
     hyperbolic_tangent,
+    load_gates,
     load_scale,
     multiply,
     power_of_two,
     square_sum,
     store_counts,
+    store_gates,
     sums_of_gates,
 )
 from gradkernels.triton.lstm_steps import Steps, aligned, tile_of, uses_tf32
@@ -154,27 +156,15 @@ def lstm_bwd_step_kernel(
     tl.store(dc_ptr + at, dc_next * leave, leaving)
     dc_next = tl.where(mask, dc_next * tl.where((rows < live)[:, None], power_of_two(jump, dtype), into), 0.0)
     gate = (first + rows)[:, None] * (4 * H) + units[None, :]
-    i = tl.load(gates_ptr + gate, mask, other=0.0)
-    f = tl.load(gates_ptr + gate + H, mask, other=0.0)
-    g = tl.load(gates_ptr + gate + 2 * H, mask, other=0.0)
-    o = tl.load(gates_ptr + gate + 3 * H, mask, other=0.0)
+    i, f, g, o = load_gates(gates_ptr + gate, H, mask)
     m = hyperbolic_tangent(tl.load(cells_ptr + first.to(tl.int64) * H + at, mask, other=0.0))
     known = (rows < continued)[:, None]
     c = tl.load(cells_ptr + previous.to(tl.int64) * H + at, mask & known, other=0.0)
     c += tl.load(c0_ptr + at, mask & (known == 0), other=0.0)
     di, df, dg, do, dc = gates_backward(dh, dc_next, i, f, g, o, m, c)
     tl.store(dc_ptr + at, dc * f, mask)
-    narrow: tl.constexpr = dgates_ptr.dtype.element_ty
-    tl.store(dgates_ptr + gate, (di * back).to(narrow), mask)
-    tl.store(dgates_ptr + gate + H, (df * back).to(narrow), mask)
-    tl.store(dgates_ptr + gate + 2 * H, (dg * back).to(narrow), mask)
-    tl.store(dgates_ptr + gate + 3 * H, (do * back).to(narrow), mask)
-    carried = carried_ptr + rows[:, None] * (4 * H) + units[None, :]
-    wide: tl.constexpr = carried_ptr.dtype.element_ty
-    tl.store(carried, di.to(wide), mask)
-    tl.store(carried + H, df.to(wide), mask)
-    tl.store(carried + 2 * H, dg.to(wide), mask)
-    tl.store(carried + 3 * H, do.to(wide), mask)
+    store_gates(dgates_ptr + gate, di * back, df * back, dg * back, do * back, H, mask)
+    store_gates(carried_ptr + rows[:, None] * (4 * H) + units[None, :], di, df, dg, do, H, mask)
     cell = t.to(tl.int64) * num_programs + program
     tl.store(largest_ptr + cell, tl.max(tl.maximum(tl.abs(dh), tl.abs(dc)).ravel(), 0))
     tl.store(exponents_ptr + t, exponent, program == 0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import launch
-from gradkernels.triton.lstm import gates_backward, gates_forward, hyperbolic_tangent
+from gradkernels.triton.lstm import gates_backward, gates_forward, hyperbolic_tangent, load_gates, store_gates
 from gradkernels.triton.lstm_steps import multiply_wide
 from gradkernels.triton.probe import probe_bwd
 
@@ -52,10 +52,7 @@ def lstm_cell_fwd_kernel(
     o = preactivation(gates_ptr, recurrent_ptr, bias_ih_ptr, bias_hh_ptr, gate + 3 * H, unit + 3 * H, mask)
     c = tl.load(c_ptr + at, mask, other=0.0).to(i.dtype)
     i, f, g, o, c_next, h_next = gates_forward(i, f, g, o, c)
-    tl.store(gates_ptr + gate, i, mask)
-    tl.store(gates_ptr + gate + H, f, mask)
-    tl.store(gates_ptr + gate + 2 * H, g, mask)
-    tl.store(gates_ptr + gate + 3 * H, o, mask)
+    store_gates(gates_ptr + gate, i, f, g, o, H, mask)
     tl.store(c_next_ptr + at, c_next.to(c_next_ptr.dtype.element_ty), mask)
     tl.store(h_next_ptr + at, h_next.to(h_next_ptr.dtype.element_ty), mask)
 
@@ -68,10 +65,7 @@ def lstm_cell_bwd_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
     gate = at // H * (4 * H) + at % H
-    i = tl.load(gates_ptr + gate, mask, other=0.0)
-    f = tl.load(gates_ptr + gate + H, mask, other=0.0)
-    g = tl.load(gates_ptr + gate + 2 * H, mask, other=0.0)
-    o = tl.load(gates_ptr + gate + 3 * H, mask, other=0.0)
+    i, f, g, o = load_gates(gates_ptr + gate, H, mask)
     c = tl.load(c_ptr + at, mask, other=0.0).to(i.dtype)
     dh, dc_next = tl.zeros([BLOCK], i.dtype), tl.zeros([BLOCK], i.dtype)
     if dh_next_ptr is not None:
@@ -79,11 +73,7 @@ def lstm_cell_bwd_kernel(
     if dc_next_ptr is not None:
         dc_next = tl.load(dc_next_ptr + at, mask, other=0.0).to(i.dtype)
     di, df, dg, do, dc = gates_backward(dh, dc_next, i, f, g, o, hyperbolic_tangent(f * c + i * g), c)
-    narrow: tl.constexpr = dgates_ptr.dtype.element_ty
-    tl.store(dgates_ptr + gate, di.to(narrow), mask)
-    tl.store(dgates_ptr + gate + H, df.to(narrow), mask)
-    tl.store(dgates_ptr + gate + 2 * H, dg.to(narrow), mask)
-    tl.store(dgates_ptr + gate + 3 * H, do.to(narrow), mask)
+    store_gates(dgates_ptr + gate, di, df, dg, do, H, mask)
     tl.store(dc_ptr + at, (dc * f).to(dc_ptr.dtype.element_ty), mask)
 
 

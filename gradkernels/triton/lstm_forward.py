@@ -12,7 +12,7 @@ import triton.language as tl
 
 from gradkernels.triton import lstm_persistent
 from gradkernels.triton.launch import launch_each
-from gradkernels.triton.lstm import gates_forward, multiply
+from gradkernels.triton.lstm import gates_forward, load_gates, multiply, store_gates
 from gradkernels.triton.lstm_steps import Steps, aligned, tile_of, uses_tf32
 
 
@@ -64,16 +64,10 @@ def lstm_fwd_step_kernel(
     mask = (rows < num_rows)[:, None] & (units < H)[None, :]
     at = first.to(tl.int64) * H + rows[:, None] * H + units[None, :]
     gate = gates_ptr + at + (first + rows)[:, None] * (3 * H)
-    i += tl.load(gate, mask, other=0.0)
-    f += tl.load(gate + H, mask, other=0.0)
-    g += tl.load(gate + 2 * H, mask, other=0.0)
-    o += tl.load(gate + 3 * H, mask, other=0.0)
+    before_i, before_f, before_g, before_o = load_gates(gate, H, mask)
     c = tl.load(c_ptr + (source + rows)[:, None] * H + units[None, :], mask, other=0.0)
-    i, f, g, o, c_next, out = gates_forward(i, f, g, o, c)
-    tl.store(gate, i, mask)
-    tl.store(gate + H, f, mask)
-    tl.store(gate + 2 * H, g, mask)
-    tl.store(gate + 3 * H, o, mask)
+    i, f, g, o, c_next, out = gates_forward(before_i + i, before_f + f, before_g + g, before_o + o, c)
+    store_gates(gate, i, f, g, o, H, mask)
     tl.store(cells_ptr + at, c_next, mask)
     tl.store(out_ptr + (out_first + rows)[:, None] * H + units[None, :], out.to(out_ptr.dtype.element_ty), mask)
 
