@@ -319,7 +319,7 @@ def _walk_in_steps(
     # float16 has too few exponents for a gradient on its way: it is carried in float32, and multiplied in TF32, which has as
     # many bits as float16.
     operand = torch.float32 if weight_hh.dtype is torch.float16 else weight_hh.dtype
-    tile = tile_of(operand)
+    tile = tile_of(operand, H, P)
     unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
     num_programs = max(unit_blocks, output_blocks) * -(-B // tile["BLOCK_M"])
     weight_hh = weight_hh.t().to(operand).contiguous()

@@ -115,7 +115,7 @@ def walk_forward(
         return
     (B, P), H = h0.shape, c0.shape[1]
     m, h0, c0 = None if weight_hr is None else y.new_empty(B, H), aligned(h0), aligned(c0)
-    tile = tile_of(y.dtype)
+    tile = tile_of(y.dtype, H, P)
     unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
     launches = []
     for t in steps.order:

@@ -81,9 +81,14 @@ def last_rows(steps: Steps, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows[steps.first[t] + steps.live(t) : steps.first[t] + steps.sizes[t]] for t in ends])
 
 
-def tile_of(dtype: torch.dtype) -> dict[str, int]:
-    """The constants and options of a program for operands of `dtype`; neither T nor B is among what they depend on."""
-    return {"BLOCK_M": ROWS, "BLOCK_N": COLUMNS, "BLOCK_K": DEPTH[dtype.itemsize], "num_warps": 4}
+def tile_of(dtype: torch.dtype, H: int, P: int) -> dict[str, int]:
+    """The constants and options of a program for operands of `dtype`; neither T nor B is among what they depend on.
+
+    Rows that do not start at whole accesses are loaded element by element, through registers: fewer at a time, or they spill.
+    """
+    whole = (H * dtype.itemsize) % 16 == 0 and (P * dtype.itemsize) % 16 == 0
+    depth = DEPTH[dtype.itemsize] if whole else max(16, DEPTH[dtype.itemsize] // 2)
+    return {"BLOCK_M": ROWS, "BLOCK_N": COLUMNS, "BLOCK_K": depth, "num_warps": 4}
 
 
 def uses_tf32(dtype: torch.dtype, exact: bool = False) -> bool:
