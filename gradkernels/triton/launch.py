@@ -38,6 +38,8 @@ def launch_each(launches: list[tuple[Any, tuple[int, ...], tuple]], *, num_warps
 
     What is the same for all is done once: on the host a step of a recurrent layer is little more than its launch.
     """
+    if not launches:
+        return
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(next(arg for arg in launches[0][2] if isinstance(arg, torch.Tensor))):
         for kernel, grid, args in launches:
