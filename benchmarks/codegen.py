@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton import add_layer_norm, gelu, launch, layer_norm, probe, residual
+from gradkernels.triton import add_layer_norm, gelu, launch, layer_norm, lstm_cell, lstm_layer, probe, residual
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -41,12 +41,14 @@ TARGETS = {
 POINTWISE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 NORM_DTYPES = (torch.bfloat16, torch.float32)
 NORM_COLUMNS = (768, 1024, 4096, 8192, 16384)
+LSTM_SIZES = ((1024, 0), (200, 72), (65, 0))  # H, P
 M = 8192
 TRITON_TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int32: "i32",
 }
 
 
@@ -121,7 +123,10 @@ def loops(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def read_nvidia(compiled: Any, elements: int) -> dict[str, Any]:
-    """Figures from a cubin; `elements` are a thread's in one turn of the main loop, which is the first with a store."""
+    """Figures from a cubin; `elements` are a thread's in one turn of the main loop, which is the first with a store.
+
+    Where no loop stores anything, it is the one that multiplies most.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -129,7 +134,8 @@ def read_nvidia(compiled: Any, elements: int) -> dict[str, Any]:
         instructions, found = loops(tool("nvdisasm", "-c", file.name))
     bodies = [instructions[first : last + 1] for first, last in found]
     storing = [body for body in bodies if any("STG" in text for text in body)]
-    main = storing[0] if storing else bodies[0] if bodies else instructions
+    products = lambda body: sum(bool(re.search(r"\b(HMMA|DMMA|FFMA|DFMA)\b", text)) for text in body)  # noqa: E731
+    main = storing[0] if storing else max(bodies, key=products) if bodies else instructions
     accesses = [text for text in main if re.search(r"\b(LDG|STG|LDGSTS)\b", text)]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -195,11 +201,35 @@ def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
                     yield {"op": "add_layer_norm", **what}, add_layer_norm.add_layer_norm_fwd, (x, h, weight, weight, 1, 1e-5)
 
 
+def lstm_cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
+    """The same of the LSTM, two steps of it: the tall sizes in every dtype, odd ones and a projection in two."""
+    for H, P in LSTM_SIZES:
+        for dtype in POINTWISE_DTYPES if P == 0 and H > 1000 else NORM_DTYPES:
+            wide = torch.float64 if dtype is torch.float64 else torch.float32
+            make = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+            B, T, N = 32, 2, P or H
+            x, h0, c0, bias, hr = make(T, B, H), make(B, N), make(B, H), make(4 * H), make(P, H) if P else None
+            layer = (x, h0, c0, make(4 * H, H), make(4 * H, N), bias, bias, hr, None)
+            saved = (make(T, B, N), make(T * B, 4 * H, dtype=wide), make(T * B, H, dtype=wide), False, True, True)
+            cell = (x[0], c0, c0, make(4 * H, H), make(4 * H, H), bias, bias)
+            for on in (False, True):
+                what = {"dtype": str(dtype).removeprefix("torch."), "columns": H, "telemetry": on}
+                time_stats = make(1 + T, 12, dtype=torch.float64) if on else None
+                arguments = (make(T, B, N), None, None, *layer, *saved, None, time_stats)
+                yield {"op": "lstm_layer", **what}, lstm_layer.lstm_layer_bwd, arguments
+            yield {"op": "lstm_layer", **what, "telemetry": False}, lstm_layer.lstm_layer_fwd, (*layer, False)
+            if not P:
+                what = {"op": "lstm_cell", **what, "telemetry": False}
+                yield what, lstm_cell.lstm_cell_fwd, cell
+                gates = make(B, 4 * H, dtype=wide)
+                yield what, lstm_cell.lstm_cell_bwd, (c0, c0, *cell, gates, True, True, None)
+
+
 def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dict[str, Any]]:
     """A line for every kernel that the case launches and every target."""
     what, op, args = case
     result = []
-    for found in launches_of(op, *args):
+    for found in {one.kernel: one for one in launches_of(op, *args)}.values():
         for name in targets:
             target = TARGETS[name]
             compiled = compile_for(found, target)
@@ -213,7 +243,8 @@ def write_table() -> None:
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     wanted = {}
     for line in lines:
-        if line["target"] == "sm_90" and "bwd" in line["kernel"] and line["dtype"] in ("bfloat16", "float32"):
+        shown = line["target"] == "sm_90" and line["dtype"] in ("bfloat16", "float32") and "lstm" not in line["op"]
+        if shown and "bwd" in line["kernel"]:
             wanted.setdefault((line["op"], line["dtype"], line["columns"]), {})[line["telemetry"]] = line
     rows = [
         "| backward | dtype | columns | instructions an element, off / on | registers, off / on | shared bytes |",
@@ -225,9 +256,21 @@ def write_table() -> None:
         length = columns if "norm" in op else "any"
         figures = f"{both('loop_instructions_per_element')} | {both('registers')} | {on['shared_bytes']}"
         rows.append(f"| {op} | {dtype} | {length} | {figures} |")
+    rows += ["", *lstm_rows(lines)]
     text = PAGE.read_text()
     before, after = text.split(START)[0], text.split(END)[1]
     PAGE.write_text(f"{before}{START}\n" + "\n".join(rows) + f"\n{END}{after}")
+
+
+def lstm_rows(lines: list[dict[str, Any]]) -> list[str]:
+    """A table of the LSTM's kernels on Hopper, those of one step."""
+    rows = ["| LSTM kernel | dtype | H | telemetry | loop instructions | registers | shared bytes |", "|" + "---|" * 7]
+    for line in lines:
+        if line["target"] == "sm_90" and ("step_" in line["kernel"] or "project" in line["kernel"]):
+            figures = (line["loop_instructions"], line["registers"], line["shared_bytes"])
+            what = (line["kernel"], line["dtype"], line["columns"], "on" if line["telemetry"] else "off")
+            rows.append("| " + " | ".join(map(str, (*what, *figures))) + " |")
+    return rows
 
 
 def main(arguments: list[str]) -> int:
@@ -240,7 +283,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     wanted = [
         case
-        for case in cases()
+        for case in (*cases(), *lstm_cases())
         if (not chosen.columns or case[0]["columns"] in chosen.columns)
         and (not chosen.telemetry or case[0]["telemetry"] == (chosen.telemetry == "on"))
     ]

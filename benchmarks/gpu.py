@@ -1,10 +1,11 @@
 """python -m benchmarks.gpu [--dry-run] [--summary FILE]: what `make gpu` runs on any NVIDIA GPU, important figures first.
 
 The ops' tests on the Triton kernels, then each op's forward and backward against a copy of the same bytes, eager PyTorch
-and torch.compile, with telemetry off and on, launched one by one and replayed from a CUDA graph. Every figure is appended
-to benchmarks/results/<device>.jsonl as soon as it is there, so that stopping at any time loses nothing. --dry-run does the
-same on the CPU with small shapes, without graphs and without writing, to try the script where there is no GPU. At the end,
-and with --summary for any results file, there is one page of what the figures say: benchmarks/gpu_summary.py.
+and torch.compile, with telemetry off and on, launched one by one and replayed from a CUDA graph; then the LSTM against cuDNN
+(gpu_lstm.py). Every figure is appended to benchmarks/results/<device>.jsonl as soon as it is there, so that stopping at any
+time loses nothing. --dry-run does the same on the CPU with small shapes, without graphs and without writing, to try the script
+where there is no GPU. At the end, and with --summary for any results file, there is one page of what the figures say:
+benchmarks/gpu_summary.py.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import gradkernels as gk
+from benchmarks import gpu_lstm
 from benchmarks.gpu_summary import summary, summary_of
 from benchmarks.harness import RESULTS, environment
 
 SHAPES = ((8192, 4096), (16384, 1024), (4096, 4096), (2048, 8192), (8192, 8192), (512, 768), (64, 256), (8, 64))
 DTYPES = (torch.bfloat16, torch.float32)
-TESTS = ("test_triton_kernels.py", "test_gpu.py")
+TESTS = ("test_triton_kernels.py", "test_triton_lstm.py", "test_gpu.py")
 ROUNDS = 7
 ROUND_SECONDS = 0.02
 HOST_CALLS = 50  # timed without waiting for the device, whose queue of launches they do not fill
@@ -234,16 +237,15 @@ def main(arguments: list[str]) -> int:
     path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
     failed = 0 if dry else run_tests()
     about = {**environment(), "device": name, "kernels": gk.implementations().get("gelu on cuda", "C++"), "tests": failed}
+    cases = [(op, shape, dtype) for shape in (((16, 64),) if dry else SHAPES) for dtype in DTYPES for op in OPS]
+    of_ops = (line for op, shape, dtype in cases for line in lines_of(op, shape, dtype, device))
     lines = []
-    for shape in ((16, 64),) if dry else SHAPES:
-        for dtype in DTYPES:
-            for op in OPS:
-                for line in lines_of(op, shape, dtype, device):
-                    lines.append({**line, **about})
-                    print(" ".join(str(value) for value in line.values()), flush=True)
-                    if not dry:
-                        with path.open("a") as file:
-                            file.write(json.dumps(lines[-1]) + "\n")
+    for line in chain(of_ops, gpu_lstm.lines(device, interleaved, in_graphs)):
+        lines.append({**line, **about})
+        print(" ".join(str(value) for value in line.values()), flush=True)
+        if not dry:
+            with path.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
     print(f"\n{summary(lines)}" + ("" if dry else f"\n\nwritten to {path}"))
     return failed
 

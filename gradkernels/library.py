@@ -69,7 +69,7 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def implement(name: str, kernel: Callable, watch: Callable) -> None:
+def implement(name: str, kernel: Callable, watch: Callable, opaque: bool = False) -> None:
     """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
 
     Where the extension is built, it repeats calls of a kind that it has seen before without calling `kernel`: csrc/plans.h.
@@ -80,10 +80,12 @@ def implement(name: str, kernel: Callable, watch: Callable) -> None:
     """
     ON_CUDA.append(name)
     op = getattr(torch.ops.gradkernels, name).default
-    if _C is not None:
+    if _C is not None and not opaque:
         _C.implement(f"{NAMESPACE}::{name}", "CUDA", kernel, watch)
     else:
         LIBRARY.impl(name, kernel, "CUDA")
+    if opaque:
+        return
 
     def functional(mode: FunctionalTensorMode, *args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, torch.Tensor)]

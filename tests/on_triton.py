@@ -6,6 +6,7 @@ C++ ones on CPU tensors; rows then have several cells, as they do on a GPU, and 
 
 import os
 
+import numpy as np
 import torch
 
 ON_GPU = torch.cuda.is_available()
@@ -25,12 +26,24 @@ def round_to_bfloat16(values, source, target, rounding_mode):
     return convert_float(values, source, target, rounding_mode)
 
 
+def dot(builder, a, b, acc, input_precision, max_num_imprecise_acc):
+    """The interpreter's product, but of bfloat16's values; its own multiplies their bits."""
+    a, b = (
+        interpreter.TensorHandle(convert_float(v.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+        if v.dtype == tl.bfloat16
+        else v
+        for v in (a, b)
+    )
+    return create_dot(builder, a, b, acc, input_precision, max_num_imprecise_acc)
+
+
 if ON_GPU:
     torch.set_default_device("cuda")
 else:
     from triton.runtime import interpreter
 
     convert_float, interpreter._convert_float = interpreter._convert_float, round_to_bfloat16
+    create_dot, interpreter.InterpreterBuilder.create_dot = interpreter.InterpreterBuilder.create_dot, dot
     OVERRIDE = torch.library.Library("gradkernels", "IMPL")
     for op, kernel in gradkernels.triton.KERNELS.items():
         OVERRIDE.impl(op, kernel, "CPU", allow_override=True)

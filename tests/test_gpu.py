@@ -9,7 +9,7 @@ from cases import make_case
 from checks import same
 
 import gradkernels as gk
-from gradkernels.testing import differentiate
+from gradkernels.testing import check_results, differentiate, largest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,6 +141,123 @@ def test_autocast(dtype):
     torch.testing.assert_close(ours, theirs)
     grads = [torch.autograd.grad(t, (x, weight), dy) for t in (ours, theirs)]
     torch.testing.assert_close(*grads)
+
+
+LSTMS = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16 two layers": {"dtype": torch.float16, "num_layers": 2},
+    "float32 bidirectional": {"bidirectional": True},
+    "float32 projected": {"proj_size": 40},
+}
+
+
+def make_lstm(**options):
+    """gk.LSTM of 65 inputs and 200 units, with statistics of its steps."""
+    module = gk.LSTM(65, 200, device="cuda", **options)
+    for part in module.parts:
+        setattr(module, f"stats{part}", gk.new_stats(len(module.PORTS), "cuda"))
+        setattr(module, f"time_stats{part}", gk.new_time_stats(64, "cuda"))
+    return module
+
+
+def lstm_input(T, B, dtype=torch.float32, packed=False):
+    x = torch.randn(T, B, 65, device="cuda", dtype=dtype)
+    if not packed:
+        return x
+    return torch.nn.utils.rnn.pack_padded_sequence(x, torch.linspace(T, max(1, T // 3), B, device="cpu").long())
+
+
+def lstm_results(module, x, dy=None):
+    """((y,), gradients of all weights) for dy, random where there is none."""
+    y = module(x)[0]
+    y = y if isinstance(y, torch.Tensor) else y.data
+    dy = torch.ones_like(y).cumsum(0).sin() if dy is None else dy.to(y.dtype)
+    return (y.detach(),), torch.autograd.grad(y, list(module.parameters()), dy)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", LSTMS)
+def test_lstm(options, packed):
+    """What nn.LSTM computes, no further from float64 than it; equal bits in two runs, statistics too."""
+    torch.manual_seed(0)
+    module, dtype = make_lstm(**LSTMS[options]), LSTMS[options].get("dtype", torch.float32)
+    plain = torch.nn.LSTM(65, 200, device="cuda", **LSTMS[options])
+    plain.load_state_dict(module.state_dict())
+    x = lstm_input(40, 37, dtype, packed)
+    dy = torch.randn(lstm_results(plain, x)[0][0].shape, device="cuda").to(dtype)
+    ours = lstm_results(module, x, dy)
+    exact = lstm_results(copy.deepcopy(plain).double(), x.to(torch.float64), dy)
+    terms = {"y0": 2 * 40**0.5, **{f"d{k}": 4 * (40 * 37) ** 0.5 * largest(dy) for k in range(len(ours[1]))}}
+    check_results(ours, lstm_results(plain, x, dy), exact, terms)
+    tables = [module.time_stats_l0.clone(), module.stats_l0.clone()]
+    for table in (module.time_stats_l0, module.stats_l0):
+        table.zero_()
+    same(ours, lstm_results(module, x, dy))
+    assert torch.equal(tables[0], module.time_stats_l0)
+    assert torch.equal(tables[1], module.stats_l0)
+    assert (tables[0][1:41, :2] > 0).all()
+
+
+def test_lstm_compile(fresh_compiler):
+    """One graph for every length and batch, without breaks; eager's numbers and statistics."""
+    torch.manual_seed(0)
+    module = make_lstm()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for T, B in ((20, 8), (33, 9), (17, 40)):
+        x = lstm_input(T, B)
+        torch.testing.assert_close(lstm_results(compiled, x), lstm_results(module, x))
+    assert not fresh_compiler["graph_break"]
+    assert fresh_compiler["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lstm_never_waits(packed):
+    module, x = make_lstm(dtype=torch.bfloat16), lstm_input(20, 16, torch.bfloat16, packed)
+    lstm_results(module, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = module(x)[0]
+        (y.data if packed else y).backward(torch.ones_like(y.data if packed else y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_lstm_cuda_graph():
+    """A captured forward and backward, replayed: eager's gradients, and its statistics at each replay."""
+    torch.manual_seed(0)
+    module, x = make_lstm(), lstm_input(20, 16)
+    dy = torch.randn(20, 16, 200, device="cuda")
+
+    def step():
+        return torch.autograd.grad(module(x)[0], list(module.parameters()), dy)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    module.time_stats_l0.zero_()
+    expected = [*step(), module.time_stats_l0.clone()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients = step()
+    for _ in range(2):
+        module.time_stats_l0.zero_()
+        graph.replay()
+        same((*gradients, module.time_stats_l0), expected)
+
+
+def test_lstm_no_recompile_for_another_length_or_batch():
+    from gradkernels.triton import lstm_backward, lstm_forward
+
+    kernels = [getattr(module, name) for module in (lstm_forward, lstm_backward) for name in dir(module) if "_kernel" in name]
+
+    def run(T, B, packed):
+        lstm_results(make_lstm(), lstm_input(T, B, packed=packed))
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    first = run(16, 32, False)
+    assert [run(*shape) for shape in ((1, 1, False), (7, 33, False), (20, 100, False), (16, 17, True))] == [first] * 4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

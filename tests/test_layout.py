@@ -9,7 +9,6 @@ from gradkernels.ops import OPS
 ROOT = Path(__file__).parent.parent
 PLACES = ("gradkernels/ops/{}.py", "csrc/cpu/{}.cpp", "gradkernels/triton/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
 NO_BENCHMARK = {"probe"}
-NO_TRITON = {"lstm_layer", "lstm_cell"}  # on a GPU their references run
 MAX_LINES = 400
 SOURCES = sorted(
     path
@@ -21,7 +20,7 @@ SOURCES = sorted(
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_its_files(op):
-    missing = {"bench": NO_BENCHMARK, "triton": NO_TRITON}
+    missing = {"bench": NO_BENCHMARK}
     places = [place.format(op) for place in PLACES if not any(part in place and op in ops for part, ops in missing.items())]
     assert [place for place in places if not (ROOT / place).is_file()] == []
 

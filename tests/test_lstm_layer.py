@@ -38,7 +38,6 @@ LAYOUTS = {
     "no bias": {"bias": False},
 }
 SHAPES = ((1, 1, 1, 1), (3, 2, 5, 17), (2, 7, 3, 65), (4, 13, 40, 33), (5, 1, 4, 16), (2, 6, 3, 130))
-RELATIVE = {torch.float64: 1e-10}  # of norms; 1e-5 where float32 is computed in
 
 
 def case_of(T=7, B=4, D=5, H=19, dtype=torch.float32, reverse=False, **options):
@@ -181,11 +180,12 @@ def test_stats_through_time(dtype, layout):
     """Every field of every step; gradients have the same bits without."""
     options = dict(LAYOUTS[layout])
     reverse = options.pop("reverse", False)
-    inputs, batch_sizes = layer_inputs(7, 4, 5, 19, dtype=dtype, gain=3.0, **options)
+    gain = 1.0 if dtype is torch.bfloat16 else 3.0  # which would enlarge every rounding in turn
+    inputs, batch_sizes = layer_inputs(7, 4, 5, 19, dtype=dtype, gain=gain, **options)
     time_stats = gk.new_time_stats(9)
     case = layer_case(inputs, batch_sizes, reverse, time_stats=time_stats)
     results = differentiate(case.function, case.inputs, case.dys)
-    check_time_stats(time_stats, expected_steps(inputs, case.dys, batch_sizes, reverse), RELATIVE.get(dtype, 1e-5))
+    check_time_stats(time_stats, expected_steps(inputs, case.dys, batch_sizes, reverse), dtype)
     same(results, differentiate(layer_case(inputs, batch_sizes, reverse, case.dys).function, case.inputs, case.dys))
 
 
@@ -211,7 +211,7 @@ def test_stats_of_vanishing_gradients(dtype, layout):
             torch.testing.assert_close(found, value.to(dtype), rtol=1e-3, atol=1e-42)
     expected = expected_steps(inputs, dys, batch_sizes, reverse)
     assert min(expected["dc"]) < 1e-60
-    check_time_stats(time_stats, expected, RELATIVE.get(dtype, 1e-5))
+    check_time_stats(time_stats, expected, dtype)
     same(results, differentiate(layer_case(inputs, batch_sizes, reverse, dys).function, case.inputs, case.dys))
 
 
@@ -230,7 +230,7 @@ def test_stats_of_losses_far_apart(dtype):
         differentiate(plain_layer, inputs, case.dys, torch.float64),
         {k: 1e31 for k in ("d0", "d1", "d2", "d3", "d4", "d5", "d6")} | {f"y{k}": 16.0 for k in range(3)},
     )
-    check_time_stats(time_stats, expected_steps(inputs, case.dys), RELATIVE.get(dtype, 1e-5))
+    check_time_stats(time_stats, expected_steps(inputs, case.dys), dtype)
 
 
 def test_stats_of_steps_merge():

@@ -4,7 +4,7 @@ Imported by gradkernels where torch was built for CUDA or ROCm and triton is ins
 """
 
 from gradkernels.library import implement
-from gradkernels.triton import add_layer_norm, gelu, layer_norm, probe, residual
+from gradkernels.triton import add_layer_norm, gelu, layer_norm, lstm_cell, lstm_layer, probe, residual
 from gradkernels.triton.plans import watch
 
 KERNELS = {
@@ -17,7 +17,13 @@ KERNELS = {
     "residual_bwd": residual.residual_bwd,
     "probe_bwd": probe.probe_bwd,
     "fold": probe.fold,
+    "lstm_cell_fwd": lstm_cell.lstm_cell_fwd,
+    "lstm_cell_bwd": lstm_cell.lstm_cell_bwd,
+    "lstm_layer_fwd": lstm_layer.lstm_layer_fwd,
+    "lstm_layer_bwd": lstm_layer.lstm_layer_bwd,
 }
+# torch.compile does not look into these: it would lay out one launch a step, and build another graph for every length.
+OPAQUE = ("lstm_layer_fwd", "lstm_layer_bwd")
 
 for op, kernel in KERNELS.items():
-    implement(op, kernel, watch)
+    implement(op, kernel, watch, opaque=op in OPAQUE)

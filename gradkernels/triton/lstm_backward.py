@@ -1,0 +1,374 @@
+"""The walk back through time of an LSTM layer, one launch a step (two with a projection). csrc/cpu/lstm_backward.h does it
+on a CPU; formulas: gradkernels/ops/lstm_layer.py.
+
+A program owns BLOCK_M rows and BLOCK_N units. It multiplies the dG of the step after by its columns of weight_hh, adds dy,
+and turns dh and dc into its part of this step's dG, all in registers.
+
+A gradient that vanishes would leave float32 after some hundred steps, and with it every norm. So dh, dc and the dG that the
+next launch reads are carried times a power of two, which every program finds for itself, from the largest magnitudes that the
+programs of the launch before have left; what is written for the products after the walk is scaled back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gradkernels.triton import lstm_persistent
+from gradkernels.triton.launch import launch_each
+from gradkernels.triton.lstm import (
+    NUM_SUMS,
+    add_pairs,
+    gates_backward,
+    hyperbolic_tangent,
+    load_gates,
+    load_scale,
+    multiply,
+    power_of_two,
+    square_sum,
+    store_counts,
+    store_gates,
+    sums_of_gates,
+)
+from gradkernels.triton.lstm_steps import Steps, aligned, tile_of, uses_tf32
+
+SCAN = 1024  # elements that a program looks at together where it looks for the largest
+STEP_INTEGERS = ["t", "after", "first", "previous", "size", "live", "continued", "num_programs"]
+
+
+@triton.jit
+def largest_of(ptr, first, count, largest):
+    """`largest`, an element a lane, with the magnitudes of `count` elements from `first` on; NaN is passed over."""
+    for begin in range(0, count, largest.numel):
+        at = begin + tl.arange(0, largest.numel)
+        v = tl.load(ptr + first + at, at < count, other=0.0)
+        largest = tl.maximum(largest, tl.abs(v.to(largest.dtype)))
+    return largest
+
+
+@triton.jit(do_not_specialize=["begin", "first", "size", "joining", "live"])
+def lstm_incoming_kernel(
+    dy_ptr,
+    dh_ptr,
+    dc_ptr,
+    incoming_ptr,
+    begin,
+    first,
+    size,
+    joining,
+    live,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """incoming[t] = the largest magnitude that step t receives from outside: dy, and the dh_n and dc_n of sequences that end
+    there, which are rows `live` and up of dh and dc in step `joining`. Grid: steps of one size, from `begin` on."""
+    step = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros([BLOCK], incoming_ptr.dtype.element_ty)
+    if dy_ptr is not None:
+        largest = largest_of(dy_ptr, (first + step * size) * P, size * P, largest)
+    joined = tl.where(begin + step == joining, size - live, 0)
+    largest = largest_of(dh_ptr, live.to(tl.int64) * P, joined * P, largest)
+    largest = largest_of(dc_ptr, live.to(tl.int64) * H, joined * H, largest)
+    tl.store(incoming_ptr + begin + step, tl.max(largest, 0))
+
+
+@triton.jit
+def total_dh(recurrent, jump, into, dy_ptr, dh_ptr, first, size, live, rows, cols, N: tl.constexpr):
+    """dL/dh of a step: what has come through weight_hh, dh_n of the sequences that end here, and dy; zero beyond `size`."""
+    mask = (rows < size)[:, None] & (cols < N)[None, :]
+    at = rows[:, None] * N + cols[None, :]
+    joined = tl.load(dh_ptr + at, mask & (rows >= live)[:, None], other=0.0)
+    total = tl.where(mask, recurrent * power_of_two(jump, recurrent.dtype), 0.0) + joined * into
+    if dy_ptr is not None:
+        total += tl.load(dy_ptr + first.to(tl.int64) * N + at, mask, other=0.0).to(total.dtype) * into
+    return total
+
+
+@triton.jit
+def in_scale(recurrent, jump, size, rows):
+    """The part of dh that has come through weight_hh, of live rows, in float64 and the step's scale, for its norm."""
+    live = tl.where((rows < size)[:, None], recurrent, 0.0)
+    return live.to(tl.float64) * power_of_two(jump, tl.float64)
+
+
+@triton.jit(do_not_specialize=STEP_INTEGERS)
+def lstm_bwd_step_kernel(
+    factor_ptr,
+    weight_ptr,
+    dy_ptr,
+    dh_ptr,
+    dc_ptr,
+    c0_ptr,
+    gates_ptr,
+    cells_ptr,
+    dgates_ptr,
+    carried_ptr,
+    incoming_ptr,
+    largest_ptr,
+    exponents_ptr,
+    partials_ptr,
+    t,
+    after,
+    first,
+    previous,
+    size,
+    live,
+    continued,
+    num_programs,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr,
+):
+    """dG of step t, of rows [first, first + size): to dgates as it is, to carried (B, 4H) in the step's scale; dc (B, H).
+
+    factor_ptr: carried of the step after (B, 4H), of which `live` rows go on; weight_ptr: W_hh^T (P, 4H). With a
+    projection, where dh_ptr is None: this step's dh in its scale (B, P), from lstm_bwd_project_kernel; W_hr^T (H, P).
+    Rows of the step after that do not go on leave the walk: their dh0 and dc0 are left in dh and dc. Row b < continued has its
+    c_{t-1} in row previous + b of cells.
+    largest, exponents: see load_scale; this step's are written. partials: (steps, programs, NUM_SUMS) float64, or None.
+    Grid: (blocks of units, blocks of rows).
+    """
+    dtype: tl.constexpr = gates_ptr.dtype.element_ty
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exponent, jump, into, back, leave = load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, 256)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+    depth: tl.constexpr = P if dh_ptr is None else 4 * H
+    count = size if dh_ptr is None else live
+    product = multiply(factor_ptr, rows, count, weight_ptr, units, units < H, zeros, depth, BLOCK_K, TF32)
+    column = (units < H)[None, :]
+    mask, leaving = (rows < size)[:, None] & column, (rows >= size)[:, None] & (rows < live)[:, None] & column
+    at = rows[:, None] * H + units[None, :]
+    if dh_ptr is None:
+        dh = product
+    else:
+        dh = total_dh(product, jump, into, dy_ptr, dh_ptr, first, size, live, rows, units, H)
+        tl.store(dh_ptr + at, product * leave, leaving)
+    dc_next = tl.load(dc_ptr + at, mask | leaving, other=0.0)
+    tl.store(dc_ptr + at, dc_next * leave, leaving)
+    dc_next = tl.where(mask, dc_next * tl.where((rows < live)[:, None], power_of_two(jump, dtype), into), 0.0)
+    gate = (first + rows)[:, None] * (4 * H) + units[None, :]
+    i, f, g, o = load_gates(gates_ptr + gate, H, mask)
+    m = hyperbolic_tangent(tl.load(cells_ptr + first.to(tl.int64) * H + at, mask, other=0.0))
+    known = (rows < continued)[:, None]
+    c = tl.load(cells_ptr + previous.to(tl.int64) * H + at, mask & known, other=0.0)
+    c += tl.load(c0_ptr + at, mask & (known == 0), other=0.0)
+    di, df, dg, do, dc = gates_backward(dh, dc_next, i, f, g, o, m, c)
+    tl.store(dc_ptr + at, dc * f, mask)
+    store_gates(dgates_ptr + gate, di * back, df * back, dg * back, do * back, H, mask)
+    store_gates(carried_ptr + rows[:, None] * (4 * H) + units[None, :], di, df, dg, do, H, mask)
+    cell = t.to(tl.int64) * num_programs + program
+    tl.store(largest_ptr + cell, tl.max(tl.maximum(tl.abs(dh), tl.abs(dc)).ravel(), 0))
+    tl.store(exponents_ptr + t, exponent, program == 0)
+    if partials_ptr is not None:
+        recurrent = zeros.to(tl.float64) if dh_ptr is None else in_scale(product, jump, size, rows)
+        squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
+        sums_ptr = partials_ptr + cell * NUM_SUMS
+        if dh_ptr is not None:
+            tl.store(sums_ptr, squares_dh)
+            tl.store(sums_ptr + 2, squares_recurrent)
+        tl.store(sums_ptr + 1, squares_dc)
+        store_counts(sums_ptr, low, high, forget)
+
+
+@triton.jit(do_not_specialize=STEP_INTEGERS)
+def lstm_bwd_project_kernel(
+    factor_ptr,
+    weight_ptr,
+    dy_ptr,
+    dh_ptr,
+    dh_scaled_ptr,
+    dh_total_ptr,
+    incoming_ptr,
+    largest_ptr,
+    exponents_ptr,
+    partials_ptr,
+    t,
+    after,
+    first,
+    size,
+    live,
+    num_programs,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr,
+):
+    """With a projection, the dh of step t: in its scale (B, P), and as it is among all rows. See lstm_bwd_step_kernel.
+
+    Grid: (blocks of outputs, blocks of rows).
+    """
+    dtype: tl.constexpr = incoming_ptr.dtype.element_ty
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, jump, into, back, leave = load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, 256)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+    product = multiply(factor_ptr, rows, live, weight_ptr, outputs, outputs < P, zeros, 4 * H, BLOCK_K, TF32)
+    dh = total_dh(product, jump, into, dy_ptr, dh_ptr, first, size, live, rows, outputs, P)
+    at, column = rows[:, None] * P + outputs[None, :], (outputs < P)[None, :]
+    mask, leaving = (rows < size)[:, None] & column, (rows >= size)[:, None] & (rows < live)[:, None] & column
+    tl.store(dh_ptr + at, product * leave, leaving)
+    tl.store(dh_scaled_ptr + at, dh.to(dh_scaled_ptr.dtype.element_ty), mask)
+    tl.store(dh_total_ptr + first.to(tl.int64) * P + at, (dh * back).to(dh_total_ptr.dtype.element_ty), mask)
+    if partials_ptr is not None:
+        squares = (square_sum(dh), square_sum(in_scale(product, jump, size, rows)))
+        squares_dh, squares_recurrent = tl.reduce(squares, 0, add_pairs)
+        sums_ptr = partials_ptr + (t.to(tl.int64) * num_programs + program) * NUM_SUMS
+        tl.store(sums_ptr, squares_dh)
+        tl.store(sums_ptr + 2, squares_recurrent)
+
+
+@triton.jit(do_not_specialize=["begin", "size", "num_programs", "num_steps", "recorded"])
+def lstm_time_stats_kernel(
+    partials_ptr,
+    exponents_ptr,
+    time_stats_ptr,
+    begin,
+    size,
+    num_programs,
+    num_steps,
+    recorded,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds a call to time_stats, columns as in telemetry.TIME_FIELDS, of steps below `recorded`.
+
+    Grid: steps of `size` rows each, from `begin` on.
+    """
+    t = begin + tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, 16)
+    there = (column < NUM_SUMS + 1) & (column != 3)  # gate_count is not among the sums
+    sums = tl.zeros([BLOCK, 16], tl.float64)
+    for first in range(0, num_programs, BLOCK):
+        program = first + tl.arange(0, BLOCK)
+        at = (t * num_programs + program)[:, None] * NUM_SUMS + (column - tl.where(column > 3, 1, 0))[None, :]
+        sums += tl.load(partials_ptr + at, (program < num_programs)[:, None] & there[None, :], other=0.0)
+    total = tl.sum(sums, 0)
+    norm = tl.sqrt(tl.where(column < 3, total, 0.0)) * power_of_two(-tl.load(exponents_ptr + t), tl.float64)
+    row = time_stats_ptr + (1 + t) * (NUM_SUMS + 1) + column
+    written = column < tl.where(t < recorded, NUM_SUMS + 1, 0)
+    old = tl.load(row, written, other=0.0)
+    larger, smaller = tl.maximum(old, norm), tl.minimum(old, norm)
+    ratio = tl.where(larger > 0, smaller / tl.where(larger > 0, larger, 1.0), 0.0)
+    finite = (old < float("inf")) & (norm < float("inf"))
+    merged = tl.where(finite, larger * tl.sqrt(1.0 + ratio * ratio), old + norm)
+    added = old + tl.where(column == 3, (size * H).to(tl.float64), total)
+    tl.store(row, tl.where(column < 3, merged, added), written)
+    if t == 0:
+        tl.store(time_stats_ptr, tl.maximum(tl.load(time_stats_ptr), num_steps.to(tl.float64)))
+        tl.store(time_stats_ptr + 1, tl.load(time_stats_ptr + 1) + 1.0)
+
+
+@dataclass(frozen=True)
+class WalkedBack:
+    """What the walk leaves beside dh0 and dc0, which are in dh and dc."""
+
+    dgates: torch.Tensor  # (rows, 4H) in x's dtype
+    dh_total: torch.Tensor | None  # with a projection: dL/dh of all rows (rows, P), in x's dtype
+    partials: torch.Tensor | None  # (T or more, programs, NUM_SUMS) float64, with statistics
+    exponents: torch.Tensor | None  # (T or more) int32
+
+
+def walk_backward(
+    steps: Steps,
+    dy: torch.Tensor | None,
+    dh: torch.Tensor,
+    dc: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    c0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    telemetry: bool,
+) -> WalkedBack:
+    """The dG of all rows. dh (B, P), dc (B, H): dh_n, dc_n on entry, dh0, dc0 on return, in float32 (float64) like c0.
+
+    dy (rows, P) and the weights are in x's dtype. In one launch where a persistent kernel takes the case.
+    """
+    dgates = weight_hh.new_empty(gates.shape)
+    if walked := lstm_persistent.walk_backward(steps, dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, telemetry):
+        return WalkedBack(dgates, None, *walked)
+    return _walk_in_steps(steps, dy, dh, dc, weight_hh, weight_hr, aligned(c0), gates, cells, dgates, telemetry)
+
+
+def _walk_in_steps(
+    steps: Steps,
+    dy: torch.Tensor | None,
+    dh: torch.Tensor,
+    dc: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    c0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    dgates: torch.Tensor,
+    telemetry: bool,
+) -> WalkedBack:
+    (B, P), H, T, projected = dh.shape, dc.shape[1], len(steps.sizes), weight_hr is not None
+    # float16 has too few exponents for a gradient on its way: it is carried in float32, and multiplied in TF32, which has as
+    # many bits as float16.
+    operand = torch.float32 if weight_hh.dtype is torch.float16 else weight_hh.dtype
+    tile = tile_of(operand, H, P)
+    unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
+    num_programs = max(unit_blocks, output_blocks) * -(-B // tile["BLOCK_M"])
+    weight_hh = weight_hh.t().to(operand).contiguous()
+    carried = [weight_hh.new_empty(B, 4 * H) for _ in range(2)]
+    dh_total = dgates.new_empty(dgates.shape[0], P) if projected else None
+    dh_scaled = weight_hh.new_empty(B, P) if projected else None
+    weight_hr = weight_hr.t().to(operand).contiguous() if projected else None
+    # After the first step one more launch takes dh0 and dc0 off the walk, as step T, which has no rows.
+    incoming, largest = dc.new_zeros(T + 1), dc.new_zeros(T + 1, num_programs)
+    exponents = torch.zeros(T + 1, dtype=torch.int32, device=dc.device)
+    partials = dc.new_zeros(T + 1, num_programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
+    state = (incoming, largest, exponents, partials)
+    launches, after, before = [], -1, 0
+    for n, t in enumerate((*reversed(steps.order), T)):
+        first, size, continued = (0, 0, 0) if t == T else (steps.first[t], steps.sizes[t], steps.continued(t))
+        previous = steps.first[steps.previous(t)] if continued else 0
+        row_blocks = -(-max(size, before) // tile["BLOCK_M"])
+        at, factor = (t, after, first), carried[n % 2]
+        if projected:
+            args = (factor, weight_hh, dy, dh, dh_scaled, dh_total, *state, *at, size, before, num_programs)
+            launches.append((lstm_bwd_project_kernel, (output_blocks, row_blocks), args))
+            factor = dh_scaled
+        of_step = (None if projected else dy, None if projected else dh, dc, c0, gates, cells, dgates, carried[(n + 1) % 2])
+        args = (factor, weight_hr if projected else weight_hh, *of_step, *state, *at, previous)
+        args = (*args, size, before, continued, num_programs)
+        launches.append((lstm_bwd_step_kernel, (unit_blocks, row_blocks), args))
+        after, before = t, size
+    if B:
+        _launch_incoming(steps, dy, dh, dc, incoming)
+        tf32 = uses_tf32(operand, exact=dgates.dtype is torch.float16)
+        launch_each(launches, H=H, P=P, TF32=tf32, **tile)
+    return WalkedBack(dgates, dh_total, partials, exponents)
+
+
+def _launch_incoming(steps: Steps, dy: torch.Tensor | None, dh: torch.Tensor, dc: torch.Tensor, incoming: torch.Tensor) -> None:
+    launches = []
+    for begin, end in steps.runs():
+        joining = begin if steps.reverse else end
+        where = (begin, steps.first[begin], steps.sizes[begin], joining, steps.live(joining))
+        launches.append((lstm_incoming_kernel, (end - begin + 1,), (dy, dh, dc, incoming, *where)))
+    launch_each(launches, H=dc.shape[1], P=dh.shape[1], BLOCK=SCAN, num_warps=4)
+
+
+def record_steps(steps: Steps, walked: WalkedBack, H: int, time_stats: torch.Tensor) -> None:
+    """Adds the sums of a walk to time_stats; steps beyond its size are not recorded, which row 0 shows."""
+    launches, recorded = [], time_stats.shape[0] - 1
+    for begin, end in steps.runs():
+        count = min(end + 1, max(1, recorded)) - begin
+        if count > 0:
+            where = (begin, steps.sizes[begin], walked.partials.shape[1], len(steps.sizes), recorded)
+            launches.append((lstm_time_stats_kernel, (count,), (walked.partials, walked.exponents, time_stats, *where)))
+    launch_each(launches, H=H, BLOCK=32, num_warps=4)

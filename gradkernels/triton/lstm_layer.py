@@ -1,0 +1,98 @@
+"""One LSTM layer in one direction on a GPU. The products that know no time are PyTorch's: x W_ih^T before the walk through
+time, dx and the gradients of the weights after it; the walks are in lstm_forward.py and lstm_backward.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gradkernels.ops.layer_norm import widen
+from gradkernels.ops.lstm_layer import rows_of, step_sizes
+from gradkernels.triton.lstm_backward import record_steps, walk_backward
+from gradkernels.triton.lstm_forward import walk_forward
+from gradkernels.triton.lstm_steps import Steps, last_rows, multiply_wide, preactivations, previous_rows
+from gradkernels.triton.probe import probe_bwd
+
+
+def lstm_layer_fwd(
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None,
+    reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, h_n, c_n in x's dtype; gates (rows, 4H), activated, and cells (rows, H) in float32 (float64).
+
+    c is carried in float32, h in x's dtype, in which tensor cores multiply.
+    """
+    steps = Steps.of(step_sizes(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
+    rows, P = rows_of(x), h0.shape[1]
+    bias = None if bias_ih is None else widen(bias_ih) + widen(bias_hh)
+    gates = preactivations(rows, weight_ih, bias)
+    y, cells = x.new_empty(rows.shape[0], P), gates.new_empty(rows.shape[0], c0.shape[1])
+    projection = None if weight_hr is None else weight_hr.contiguous()
+    walk_forward(steps, gates, weight_hh.contiguous(), projection, h0.contiguous(), widen(c0).contiguous(), y, cells)
+    h_n, c_n = last_rows(steps, y), last_rows(steps, cells)
+    return y.view(*x.shape[:-1], P), h_n.clone(), c_n.to(x.dtype, copy=True), gates, cells
+
+
+def lstm_layer_bwd(
+    dy: torch.Tensor | None,
+    dh_n: torch.Tensor | None,
+    dc_n: torch.Tensor | None,
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None,
+    y: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    reverse: bool,
+    inputs: bool,
+    weights: bool,
+    stats: torch.Tensor | None,
+    time_stats: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr; no elements where not wanted. Statistics of both kinds.
+
+    dG is rounded to x's dtype for the products after the walk; what is carried from step to step is not.
+    """
+    steps = Steps.of(step_sizes(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
+    rows, dtype, H = rows_of(x), x.dtype, c0.shape[1]
+    dh, dc = (
+        torch.zeros_like(s, dtype=cells.dtype, memory_format=torch.contiguous_format)
+        if d is None
+        else d.to(cells.dtype, memory_format=torch.contiguous_format, copy=True)
+        for d, s in ((dh_n, h0), (dc_n, c0))
+    )
+    rows_dy = None if dy is None else rows_of(dy).contiguous()
+    walked = walk_backward(
+        steps, rows_dy, dh, dc, weight_hh, weight_hr, widen(c0).contiguous(), gates, cells, time_stats is not None
+    )
+    dg = walked.dgates
+    dx = torch.mm(dg, weight_ih).view(x.shape) if inputs else x.new_empty(0)
+    dweight_ih, dweight_hh, dbias, dweight_hr = (x.new_empty(0) for _ in range(4))
+    if weights:
+        dweight_ih = multiply_wide(dg.t(), rows).to(dtype)
+        dweight_hh = multiply_wide(dg.t(), previous_rows(steps, rows_of(y), h0)).to(dtype)
+        dbias = dg.sum(0) if bias_ih is not None else dbias
+        if weight_hr is not None:
+            m = (gates[:, 3 * H :] * cells.tanh()).to(dtype)
+            dweight_hr = multiply_wide(walked.dh_total.t(), m).to(dtype)
+    if time_stats is not None:
+        record_steps(steps, walked, H, time_stats)
+    there = (dy is not None, inputs, *(weights and w is not None for w in (weight_ih, weight_hh, bias_ih, weight_hr)))
+    for port, gradient in enumerate((dy, dx, dweight_ih, dweight_hh, dbias, dweight_hr)):
+        if stats is not None and there[port]:
+            probe_bwd(gradient, stats, port)
+    return dx, dh.to(dtype), dc.to(dtype), dweight_ih, dweight_hh, dbias, dweight_hr

@@ -1,0 +1,67 @@
+"""Whether a walk through time is taken by the persistent kernels of csrc/cuda, in one launch, and the call if so.
+
+They are there where gradkernels._C_cuda was built, and take 16-bit dtypes without a projection, as long as all their programs
+are resident on the device at once. Everything else goes step by step (lstm_forward.py, lstm_backward.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gradkernels.triton.lstm import NUM_SUMS
+from gradkernels.triton.lstm_steps import Steps
+
+try:
+    import gradkernels._C_cuda as _C_cuda
+except ModuleNotFoundError:  # built without CUDA; an extension that does not load raises its own ImportError
+    _C_cuda = None
+
+OPS = torch.ops.gradkernels  # lstm_walk_fwd and lstm_walk_bwd are defined by _C_cuda
+
+
+def num_programs(y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int) -> int:
+    """Programs of the persistent walk over tensors like `y`; 0 where there is none, or they do not fit on the device."""
+    if _C_cuda is None or weight_hr is not None or not y.is_cuda or y.dtype not in (torch.bfloat16, torch.float16) or not B:
+        return 0
+    return _C_cuda.walk_programs(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward)
+
+
+def walk_forward(
+    steps: Steps,
+    gates: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    y: torch.Tensor,
+    cells: torch.Tensor,
+) -> bool:
+    """Whether it has been done: gates activated, y and cells filled."""
+    if not num_programs(y, weight_hr, c0.shape[1], False, steps.B):
+        return False
+    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse)
+    return True
+
+
+def walk_backward(
+    steps: Steps,
+    dy: torch.Tensor | None,
+    dh: torch.Tensor,
+    dc: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    c0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    dgates: torch.Tensor,
+    telemetry: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """(partials, exponents), None without telemetry, if it has been done: dgates filled, dh0 and dc0 in dh and dc."""
+    programs, T = num_programs(dgates, weight_hr, c0.shape[1], True, steps.B), len(steps.sizes)
+    if not programs:
+        return None
+    partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
+    exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
+    outputs = (dgates, partials, exponents, steps.batch_sizes, steps.reverse)
+    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs)
+    return partials, exponents

@@ -1,0 +1,122 @@
+"""What the walks of an LSTM layer know on the host: the rows of each step, the shape of a program, the products around."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ROWS = 32  # of a program of a step: fixed, so that no kernel is rebuilt for another batch
+COLUMNS = 16  # units or outputs of a program, which for one step of H 768 makes 48 programs
+DEPTH = {2: 64, 4: 32, 8: 16}  # of a turn of a product's loop, by bytes of an element
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The rows of each time step. A tuple of runs describes all of them: consecutive steps of one size."""
+
+    sizes: list[int]
+    first: list[int]  # row of each step
+    order: range  # the steps as the forward pass takes them
+    B: int
+    batch_sizes: torch.Tensor | None = None  # `sizes` on the CPU, where they were given
+
+    @classmethod
+    def of(cls, sizes: list[int], B: int, reverse: bool, batch_sizes: torch.Tensor | None = None) -> Steps:
+        """The steps of `sizes` rows each, of sequences that start together."""
+        first, T = [0], len(sizes)
+        for size in sizes:
+            first.append(first[-1] + size)
+        return cls(sizes, first, range(T - 1, -1, -1) if reverse else range(T), B, batch_sizes)
+
+    @property
+    def reverse(self) -> bool:
+        """Whether the last step is taken first."""
+        return self.order.step < 0
+
+    def previous(self, t: int) -> int:
+        """The step that the forward pass takes before t; -1 or T where there is none."""
+        return t - self.order.step
+
+    def continued(self, t: int) -> int:
+        """How many rows of step t have a row in the step before; the others start from the initial state."""
+        before = self.previous(t)
+        return min(self.sizes[t], self.sizes[before]) if 0 <= before < len(self.sizes) else 0
+
+    def live(self, t: int) -> int:
+        """How many rows of step t have a row in the step after; the other sequences end at t."""
+        after = t + self.order.step
+        return min(self.sizes[t], self.sizes[after]) if 0 <= after < len(self.sizes) else 0
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, last) of each run of steps of one size; few, whatever T is: no more than there are sequences."""
+        found = []
+        for t, size in enumerate(self.sizes):
+            if t and size == self.sizes[t - 1]:
+                found[-1] = (found[-1][0], t)
+            else:
+                found.append((t, t))
+        return found
+
+
+def previous_rows(steps: Steps, rows: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """For every row (t, b) row (previous t, b) of `rows`, and row b of `initial` where there is none: a run at a time."""
+    pieces = []
+    for begin, end in steps.runs():
+        size, starts = steps.sizes[begin], end if steps.reverse else begin
+        source, continued = steps.first[steps.previous(starts)] if steps.continued(starts) else 0, steps.continued(starts)
+        outside = [rows[source : source + continued], initial[continued:size]]
+        if steps.reverse:
+            pieces += [rows[steps.first[begin + 1] : steps.first[end + 1]] if end > begin else rows[:0], *outside]
+        else:
+            pieces += [*outside, rows[steps.first[begin] : steps.first[end]]]
+    return torch.cat(pieces)
+
+
+def last_rows(steps: Steps, rows: torch.Tensor) -> torch.Tensor:
+    """Row b of each sequence's last step: the rows that no later step continues."""
+    if steps.reverse:
+        return rows[: steps.B]
+    ends = reversed([end for _, end in steps.runs()])
+    return torch.cat([rows[steps.first[t] + steps.live(t) : steps.first[t] + steps.sizes[t]] for t in ends])
+
+
+def tile_of(dtype: torch.dtype, H: int, P: int) -> dict[str, int]:
+    """The constants and options of a program for operands of `dtype`; neither T nor B is among what they depend on.
+
+    Rows that do not start at whole accesses are loaded element by element, through registers: fewer at a time, or they spill.
+    """
+    whole = (H * dtype.itemsize) % 16 == 0 and (P * dtype.itemsize) % 16 == 0
+    depth = DEPTH[dtype.itemsize] if whole else max(16, DEPTH[dtype.itemsize] // 2)
+    return {"BLOCK_M": ROWS, "BLOCK_N": COLUMNS, "BLOCK_K": depth, "num_warps": 4}
+
+
+def uses_tf32(dtype: torch.dtype, exact: bool = False) -> bool:
+    """Whether products of float32 operands may be rounded to TF32: as PyTorch's switch for matmul says.
+
+    exact: the operands are float32 that hold float16, or are meant to be rounded to as many bits; TF32 has as many.
+    """
+    if dtype is not torch.float32 or torch.version.hip:
+        return False
+    return exact or torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """`t` without gaps and from an address that any tensor of its own has, so that kernels see no other alignment."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def multiply_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, added up and given back in float32 (float64). PyTorch has that for 16-bit dtypes on GPUs alone."""
+    if a.dtype.itemsize > 2:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+def preactivations(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x weight^T + bias in float32 (float64); bias is in that already."""
+    if bias is not None and x.dtype is bias.dtype:
+        return torch.addmm(bias, x, weight.t())
+    product = multiply_wide(x, weight.t())
+    return product if bias is None else product.add_(bias)
