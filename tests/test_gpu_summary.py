@@ -86,7 +86,7 @@ def test_lines_that_are_not_there():
     """A run that was stopped, or without graphs: dashes."""
     assert row(change("forward", "graph", "copy", None)) == ["-", "-", "0.520", "0.962", "1.008", "26", "/", "50"]
     calls = [line for line in made_up() if line["launched"] == "call"]
-    assert row(calls) == ["-", "-", "0.520", "-", "-", "26", "/", "50"]
+    assert row(calls) == ["-", "-", "0.520", "-", "1.008", "26", "/", "50"]
     assert gpu_summary.summary([]) == "no lines of benchmarks.gpu"
 
 
