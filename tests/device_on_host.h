@@ -253,7 +253,6 @@ inline void acquire() {
   __atomic_thread_fence(__ATOMIC_ACQUIRE);
   host::current->dawdle();
 }
-
 inline bool impatient(uint32_t polls) {
   host::Block& block = *host::current;
   const auto now = std::chrono::steady_clock::now();

@@ -157,6 +157,7 @@ struct Stationary {
           if (s < length) resident[turn][s][part] = weights.load(unit, part / 2, part % 2, place.k_begin + s, place.lane);
         }
       }
+      GK_ROLLED
       for (int s = SLOTS; s < length && place.row_warp == 0; ++s) {
         GK_UNROLL
         for (int part = 0; part < 2 * M; ++part) {
@@ -183,6 +184,7 @@ struct Stationary {
   GK_DEVICE void multiply(const Plan& p, const Place& place, const Words* exchange, float* sums) const {
     const int length = place.k_end - place.k_begin, rows = 16 * M * TURNS * p.unit_warps, stride = p.row_tiles * 32;
     const auto load = [&](const Words* source) { return LOCAL ? *source : device::load_foreign(source); };
+    GK_ROLLED
     for (int tile = place.row_warp; tile < p.row_tiles; tile += p.row_warps) {
       const Words* column = exchange + place.k_begin * stride + tile * 32 + place.lane;
       GK_UNROLL
@@ -200,13 +202,22 @@ struct Stationary {
             if (first + c < SLOTS && first + c < length) product(acc, resident[turn][first + c], e[c]);
           }
         }
-        for (int s = SLOTS; s < length; ++s) {
-          const Words e = load(column + s * stride);
-          const Words* source = others + (turn * p.shared_weights + s - SLOTS) * 2 * M * 32 + place.lane;
-          Words w[2 * M];
+        GK_ROLLED
+        for (int first = SLOTS; first < length; first += CHUNK) {
+          Words e[CHUNK];
           GK_UNROLL
-          for (int part = 0; part < 2 * M; ++part) w[part] = source[part * 32];
-          product(acc, w, e);
+          for (int c = 0; c < CHUNK; ++c) {
+            if (first + c < length) e[c] = load(column + (first + c) * stride);
+          }
+          const Words* source = others + (turn * p.shared_weights + first - SLOTS) * 2 * M * 32 + place.lane;
+          GK_UNROLL
+          for (int c = 0; c < CHUNK; ++c) {
+            if (first + c >= length) continue;
+            Words w[2 * M];
+            GK_UNROLL
+            for (int part = 0; part < 2 * M; ++part) w[part] = source[(c * 2 * M + part) * 32];
+            product(acc, w, e[c]);
+          }
         }
         float* target = sums + ((place.k_warp * p.row_tiles + tile) * rows + (place.unit_warp * TURNS + turn) * 16 * M) * COLUMNS;
         target += place.lane / 4 * COLUMNS + place.lane % 4 * 2;
@@ -228,14 +239,15 @@ GK_DEVICE float sum_at(const Plan& p, const float* sums, const Cell& cell, int r
   return total;
 }
 
-// A magnitude in 16 bits that are ordered as magnitudes are: 0, 512 + floor(log2), or NOT_FINITE.
+// A magnitude in 16 bits that are ordered as magnitudes are: 0, ONE + floor(log2), or NOT_FINITE.
+constexpr int ONE = 512;
 constexpr uint32_t NOT_FINITE = 0xffff;
 GK_DEVICE uint32_t code_of(uint32_t magnitude_bits) {
   if (magnitude_bits >= 0x7f800000u) return NOT_FINITE;
   if (magnitude_bits == 0) return 0;
   const int exponent = static_cast<int>(magnitude_bits >> 23);
   const int power = exponent ? exponent - 127 : -118 - device::leading_zeros(magnitude_bits);
-  return static_cast<uint32_t>(512 + power);
+  return static_cast<uint32_t>(ONE + power);
 }
 
 // Where the blocks of a group meet, once a step. A block tells with its flag that it has arrived, and two magnitudes: every

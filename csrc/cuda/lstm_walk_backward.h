@@ -22,27 +22,35 @@ struct Backward {
   int32_t* exponents;                // (groups, T) of each step's scale; null without telemetry
 };
 
-// Magnitudes from 2^-SPAN to 2^SPAN are left as they are. A bfloat16 has float32's exponents. Half has five bits: the span is
-// such that a step may grow a gradient 2^13-fold and that what is a millionth of the largest is still there.
+// Largest magnitudes from 2^(MIDDLE - SPAN) to 2^(MIDDLE + SPAN) are left as they are, others are brought to 2^MIDDLE. A bfloat16
+// has float32's exponents. Half has five bits: a step may grow a gradient 500-fold until it is infinite, and what is a millionth
+// of the largest keeps half of its digits.
 template <typename T>
-constexpr int SPAN = 32;
+struct Range {
+  static constexpr int MIDDLE = 0, SPAN = 32;
+};
 template <>
-constexpr int SPAN<Half> = 2;
-constexpr int LARGEST_EXPONENT = 100;  // in which what comes from outside can be scaled too
+struct Range<Half> {
+  static constexpr int MIDDLE = 4, SPAN = 3;
+};
+constexpr int LARGEST_EXPONENT = 126;  // whose power of two, and its reciprocal, float32 still holds
 
 struct Scale {
   int exponent = 0;
   float carried = 1, incoming = 1, back = 1;  // factors of what the scale before carried, of dy, and of what is written
 
-  GK_DEVICE void choose(uint32_t largest, uint32_t largest_incoming, int span) {
-    const int power = static_cast<int>(largest) - 512, before = exponent;
+  // From the codes of the largest magnitude of the step after, in its scale, and of what comes in.
+  template <typename T>
+  GK_DEVICE void choose(uint32_t largest, uint32_t largest_incoming) {
+    constexpr int SPAN = Range<T>::SPAN, MIDDLE = Range<T>::MIDDLE;
+    const int power = static_cast<int>(largest) - ONE - MIDDLE, before = exponent;
     if (largest == 0 || largest == NOT_FINITE) {
       exponent = 0;
-    } else if (power < -span || power > span) {
+    } else if (power < -SPAN || power > SPAN) {
       exponent -= power < -LARGEST_EXPONENT ? -LARGEST_EXPONENT : power;
     }
     if (largest_incoming != 0) {
-      const int most = largest_incoming == NOT_FINITE ? 0 : span - static_cast<int>(largest_incoming) + 512;
+      const int most = largest_incoming == NOT_FINITE ? 0 : MIDDLE + SPAN + ONE - static_cast<int>(largest_incoming);
       exponent = exponent < most ? exponent : most;
       exponent = exponent < LARGEST_EXPONENT ? exponent : LARGEST_EXPONENT;
     }
@@ -251,7 +259,7 @@ GK_DEVICE void walk_backward(const Backward& p) {
   for (int64_t n = 0; n < w.T; ++n) {
     const int64_t t = w.reverse ? n : w.T - 1 - n;
     const float last_back = scale.back;
-    scale.choose(largest, incoming, SPAN<T>);
+    scale.choose<T>(largest, incoming);
     if (n > 0) weights.template multiply<LOCAL>(plan, place, exchange(n + 1), memory.sums);
     device::sync();
     if (TELEMETRY && n > 0) store_sums(p, w.reverse ? t - 1 : t + 1, memory.head);
