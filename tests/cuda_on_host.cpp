@@ -1,5 +1,5 @@
-// The walks of csrc/cuda as functions that tests/test_cuda_on_host.py calls through ctypes: planned for a device of the size that the
-// test asks for, and run by tests/device_on_host.h.
+// The walks of csrc/cuda as functions that tests/test_cuda_on_host.py calls through ctypes: planned for a device of the size
+// that the test asks for, and run by tests/device_on_host.h.
 #include "device_on_host.h"
 
 #include "../csrc/cuda/lstm_walk_backward.h"
@@ -15,8 +15,8 @@ extern "C" {
 struct Request {
   int64_t T, B, H;
   const int64_t* offsets;
-  int32_t reverse, half;      // half: float16, else bfloat16
-  int32_t sms, shared_bytes;  // of the device to plan for
+  int32_t reverse, half;                        // half: float16, else bfloat16
+  int32_t sms, shared_bytes;                    // of the device to plan for
   int32_t M, unit_warps, row_warps, row_tiles;  // a plan by hand; M = 0: the planner's
   int32_t seed, dawdling, silent_block, missing_blocks;
   double patience_seconds;
@@ -37,8 +37,17 @@ static Plan planned(const Request& request, bool backward) {
 // (programs, M, local, unit warps, row warps, row tiles, slices, groups, k blocks in shared memory, shared bytes, cycles)
 void plan(const Request* request, int backward, int64_t* result) {
   const Plan p = planned(*request, backward);
-  const int64_t values[] = {p.M == 0 ? 0 : p.programs(), p.M,      p.local,          p.unit_warps,   p.row_warps, p.row_tiles,
-                            p.slices,                    p.groups, p.shared_weights, p.shared_bytes, p.cycles};
+  const int64_t values[] = {p.M == 0 ? 0 : p.programs(),
+                            p.M,
+                            p.local,
+                            p.unit_warps,
+                            p.row_warps,
+                            p.row_tiles,
+                            p.slices,
+                            p.groups,
+                            p.shared_weights,
+                            p.shared_bytes,
+                            p.cycles};
   std::copy(std::begin(values), std::end(values), result);
 }
 }
@@ -115,7 +124,10 @@ void convert(int half, int64_t count, const float* x, uint16_t* y) {
   for (int64_t k = 0; k < count; ++k) {
     Half h;
     Bfloat16 b;
-    if (half) device::narrow(x[k], h); else device::narrow(x[k], b);
+    if (half)
+      device::narrow(x[k], h);
+    else
+      device::narrow(x[k], b);
     y[k] = half ? h.bits : b.bits;
   }
 }

@@ -1,9 +1,9 @@
-// csrc/cuda/device.h on a machine without a GPU. Each block is a thread of the operating system and its threads are fibers, which
-// change places where a warp or the block meets, in an order that is drawn anew each time. Blocks truly run side by side.
+// csrc/cuda/device.h on a machine without a GPU. Each block is a thread of the operating system and its threads are fibers,
+// which change places where a warp or the block meets, in an order that is drawn anew each time. Blocks truly run side by side.
 //
 // What would be wrong on a device is found out: a result that needs a barrier which is missing (the order is random, and blocks
-// dawdle at random before they publish and while they wait), threads that do not meet at the same point, reads out of shared memory
-// that nobody wrote (it starts as NaN), and waiting for somebody who never comes.
+// dawdle at random before they publish and while they wait), threads that do not meet at the same point, reads out of shared
+// memory that nobody wrote (it starts as NaN), and waiting for somebody who never comes.
 #pragma once
 
 #include <math.h>
@@ -36,8 +36,8 @@ struct Launch {
   size_t shared_bytes = 0;
   unsigned seed = 1;
   double patience_seconds = 60;
-  int silent_block = -1;    // never publishes
-  int dawdling = 0;         // one publication in so many is late; 0: none
+  int silent_block = -1;  // never publishes
+  int dawdling = 0;       // one publication in so many is late; 0: none
   std::atomic<bool> failed{false};
 };
 
@@ -169,8 +169,8 @@ inline bool run(Launch& launch, const std::function<void()>& kernel) {
   return !launch.failed;
 }
 
-// Lays something on the warp's table, and returns the table when all lanes have. Two meetings: the first so that all is there, the
-// second, by the caller, so that nobody clears it away too early.
+// Lays something on the warp's table, and returns the table when all lanes have. Two meetings: the first so that all is there,
+// the second, by the caller, so that nobody clears it away too early.
 template <typename Lay>
 Table& meet(const Lay& lay) {
   Block& block = *current;

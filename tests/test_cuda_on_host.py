@@ -25,7 +25,19 @@ H100 = (132, 232448)  # multiprocessors, bytes of shared memory a block may have
 NUM_SUMS = 11
 DTYPES = (torch.bfloat16, torch.float16)
 DONE, GIVEN_UP, NO_PLAN = 0, 1, 2
-PLAN = ("programs", "M", "local", "unit_warps", "row_warps", "row_tiles", "slices", "groups", "shared_weights", "shared", "cycles")
+PLAN = (
+    "programs",
+    "M",
+    "local",
+    "unit_warps",
+    "row_warps",
+    "row_tiles",
+    "slices",
+    "groups",
+    "shared_weights",
+    "shared",
+    "cycles",
+)
 
 
 class Request(Structure):
@@ -44,7 +56,7 @@ class Request(Structure):
 def body(tmp_path_factory):
     """The kernels' body as a library of the host."""
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
-    options = "-std=c++20 -O1 -fPIC -shared -pthread -Wall -Wextra -Werror -ffp-contract=off".split()
+    options = "-std=c++20 -O2 -fPIC -shared -pthread -Wall -Wextra -Werror -ffp-contract=off".split()
     subprocess.run([COMPILER, *options, "-o", library, SOURCE], check=True)
     return ctypes.CDLL(str(library))
 
@@ -63,7 +75,9 @@ def plan_of(body, request, backward):
 class Layer:
     """One layer with random weights and inputs, and what the walks make of them. `device`: (multiprocessors, shared bytes)."""
 
-    def __init__(self, body, B, H, sizes, dtype=torch.bfloat16, reverse=False, packed=False, device=H100, gain=1.0, shape=None, **more):
+    def __init__(
+        self, body, B, H, sizes, dtype=torch.bfloat16, reverse=False, packed=False, device=H100, gain=1.0, shape=None, **more
+    ):
         torch.manual_seed(B * H + len(sizes))
         self.body, self.B, self.H, self.sizes, self.dtype, self.reverse = body, B, H, sizes, dtype, reverse
         rows = sum(sizes)
@@ -94,7 +108,18 @@ class Layer:
         T, programs = len(self.sizes), self.plan(True)["programs"]
         self.partials = torch.full((T, programs, NUM_SUMS), math.nan, dtype=torch.float64) if telemetry else None
         self.exponents = torch.full((T,), -(2**30), dtype=torch.int32) if telemetry else None
-        inputs = (self.weight, dy, self.c0, self.gates, self.cells, self.dh, self.dc, self.dgates, self.partials, self.exponents)
+        inputs = (
+            self.weight,
+            dy,
+            self.c0,
+            self.gates,
+            self.cells,
+            self.dh,
+            self.dc,
+            self.dgates,
+            self.partials,
+            self.exponents,
+        )
         return self.body.backward(byref(self.request), *map(pointer, inputs))
 
 
@@ -257,13 +282,26 @@ def test_without_telemetry_the_same_bits(body, H):
 @pytest.mark.parametrize("H", [20, 132])
 def test_vanishing_and_large(body, H, dtype, scale):
     """dh_n and dc_n of any size vanish by many decades more, or explode: the norm of every step is right."""
-    layer = Layer(body, 9, H, [9] * 40, dtype, gain=3.0 if scale > 1 else 0.2)
+    layer = Layer(body, 9, H, [9] * (40 if H < 128 else 20), dtype, gain=3.0 if scale > 1 else 0.2)
     layer.x -= 2.0 if scale < 1 else 0.0
     check_forward(layer)
     assert layer.backward(*gradients(layer, scale, dy=False)) == DONE
     dhs = walk_back(layer)[1]
     shrunk = dhs[0].norm() / dhs[-1].norm()
-    assert shrunk < 1e-15 if scale < 1 else shrunk > 1e-15
+    assert shrunk < 1e-7 if scale < 1 else shrunk > 1e-15
+    check_backward(layer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_far_apart(body, dtype):
+    """Groups of rows have scales of their own. One that is not there yet, or that has just begun, spoils no other's norm."""
+    layer = Layer(body, 9, 20, [9, 9] + [8] * 23, dtype, packed=True, gain=0.1)
+    layer.x.view(-1, 4, 20)[:, 1] -= 30.0
+    layer.x.view(-1, 4, 20)[:, 0] -= 20.0
+    check_forward(layer)
+    assert layer.plan(True)["groups"] == 2
+    assert layer.backward(*gradients(layer, dy=False)) == DONE
+    assert 0 < walk_back(layer)[1][2].norm() < 1e-160
     check_backward(layer)
 
 

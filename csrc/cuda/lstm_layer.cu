@@ -1,5 +1,5 @@
-// The walks of one LSTM layer through time on a GPU of sm_80 or later, in one launch each. What a block does at every step is in
-// lstm_walk_forward.h and lstm_walk_backward.h; the products before and after the walk are PyTorch's.
+// The walks of one LSTM layer through time on a GPU of sm_80 or later, in one launch each. What a block does at every step is
+// in lstm_walk_forward.h and lstm_walk_backward.h; the products before and after the walk are PyTorch's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -66,8 +66,8 @@ static int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// How the walk runs on the current device, `device`, or a plan with M = 0 where it does not: the device is too old, W_hh does not
-// fit, or the device itself says that not all blocks would be resident at once, which waiting for each other takes.
+// How the walk runs on the current device, `device`, or a plan with M = 0 where it does not: the device is too old, W_hh does
+// not fit, or the device itself says that not all blocks would be resident at once, which waiting for each other takes.
 static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) return {};
   const Limits limits{attribute(cudaDevAttrMultiProcessorCount, device),
@@ -102,14 +102,17 @@ static void check_tensor(const char* name, const Tensor& t, ScalarType dtype, st
   STD_TORCH_CHECK(fits, "lstm_walk: ", name, " must be contiguous, of the walk's dtype and shape");
 }
 
-// What both launches need beside their arguments: the plan, scratch that starts as zeros, the steps' first rows, and the stream.
+// What both launches need beside their arguments: the plan, scratch that starts as zeros, the steps' first rows, and the
+// stream.
 class Launch {
  public:
-  Launch(const Tensor& gates, const Tensor& weight_hh, int64_t B, const OptionalTensor& batch_sizes, bool reverse, bool backward)
+  Launch(const Tensor& gates, const Tensor& weight_hh, int64_t B, const OptionalTensor& batch_sizes, bool reverse,
+         bool backward)
       : guard_(gates.get_device_index()), device_(gates.get_device_index()), backward_(backward) {
     const ScalarType dtype = weight_hh.scalar_type();
     const int64_t H = weight_hh.size(1), rows = gates.size(0);
-    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "lstm_walk: weight_hh must be bfloat16 or float16");
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                    "lstm_walk: weight_hh must be bfloat16 or float16");
     half_ = dtype == ScalarType::Half;
     const Plan plan = plan_on(device_, B, H, half_, backward);
     STD_TORCH_CHECK(plan.M != 0, "lstm_walk: B = ", B, ", H = ", H, " does not fit this device: ask walk_programs first");
@@ -145,7 +148,8 @@ class Launch {
   void send_offsets(const Tensor& like, const Tensor& batch_sizes) {
     cudaStreamCaptureStatus capturing;
     check(cudaStreamIsCapturing(stream_, &capturing), "cudaStreamIsCapturing");
-    STD_TORCH_CHECK(capturing == cudaStreamCaptureStatusNone, "lstm_layer: packed sequences cannot be captured into a CUDA graph");
+    STD_TORCH_CHECK(capturing == cudaStreamCaptureStatusNone,
+                    "lstm_layer: packed sequences cannot be captured into a CUDA graph");
     const auto* sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
     std::vector<int64_t> offsets{0};
     for (int64_t t = 0; t < walk.T; ++t) offsets.push_back(offsets.back() + sizes[t]);
@@ -184,13 +188,13 @@ void lstm_walk_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor 
   check_tensor("y", y, dtype, {rows, H});
   check_tensor("cells", cells, ScalarType::Float, {rows, H});
   Launch launch(gates, weight_hh, B, batch_sizes, reverse, false);
-  launch.run(Forward{launch.walk, pointer<uint16_t>(weight_hh), pointer<uint16_t>(h0), pointer<float>(c0), writable<float>(gates),
-                     writable<float>(cells), writable<uint16_t>(y)},
+  launch.run(Forward{launch.walk, pointer<uint16_t>(weight_hh), pointer<uint16_t>(h0), pointer<float>(c0),
+                     writable<float>(gates), writable<float>(cells), writable<uint16_t>(y)},
              false);
 }
 
-void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells, Tensor dgates,
-                   OptionalTensor partials, OptionalTensor exponents, OptionalTensor batch_sizes, bool reverse) {
+void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells,
+                   Tensor dgates, OptionalTensor partials, OptionalTensor exponents, OptionalTensor batch_sizes, bool reverse) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
   const ScalarType dtype = weight_hh.scalar_type();
   check_tensor("weight_hh", weight_hh, dtype, {4 * H, H});

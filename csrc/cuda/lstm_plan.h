@@ -2,16 +2,19 @@
 // cost. Plain integers, so that the launcher, the host's test and the table in docs/lstm_gpu.md compute the very same.
 #pragma once
 
+#include <algorithm>
+
 #include "device.h"
 
 namespace gk {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int COLUMNS = 8;                             // batch rows of one matrix product: its N
-constexpr int LARGEST_LOCAL_H = 128;                   // up to here one block holds all of W_hh
-constexpr int HEAD_BYTES = 1024;                       // maxima and statistics of the warps, at the front of shared memory
-constexpr int CELLS_LOCAL = 4, CELLS_GRID = 2;         // (unit, batch row) pairs that one thread looks after
-constexpr int RESIDENT_FWD = 24, RESIDENT_BWD = 20;    // 16-byte words of W_hh in a thread's registers
+constexpr int COLUMNS = 8;                           // batch rows of one matrix product: its N
+constexpr int LARGEST_LOCAL_H = 128;                 // up to here one block holds all of W_hh
+constexpr int HEAD_BYTES = 1024;                     // maxima and statistics of the warps, at the front of shared memory
+constexpr int CELLS_LOCAL = 4, CELLS_GRID = 2;       // (unit, batch row) pairs that one thread looks after
+constexpr int CHUNK = 4;                             // k blocks whose loads are on their way at once
+constexpr int RESIDENT_FWD = 24, RESIDENT_BWD = 20;  // 16-byte words of W_hh in a thread's registers
 
 struct Limits {
   int sms, shared_bytes;  // of the device: multiprocessors, and bytes that one block may have
@@ -20,8 +23,8 @@ struct Limits {
 // A warp multiplies M tiles of 16 rows at a time (fwd: 4 units with their 4 gates each; bwd: 16 units) by 8 batch rows, over
 // blocks of 32 along K (fwd: H; bwd: 4 H). The 8 warps of a block are `unit_warps` x `row_warps` x `k_warps`.
 struct Plan {
-  int M = 0;                                 // 0: no plan, the layer does not fit
-  bool local = false;                        // one block holds all units: nothing to wait for
+  int M = 0;           // 0: no plan, the layer does not fit
+  bool local = false;  // one block holds all units: nothing to wait for
   int unit_warps = 1, row_warps = 1, k_warps = 1;
   int turns = 1;                             // tiles of one warp, one after the other
   int units = 0, row_tiles = 0;              // of a block; a row tile is COLUMNS rows
@@ -29,7 +32,7 @@ struct Plan {
   int shared_weights = 0;                    // k blocks of a tile that do not fit its warp's registers
   int exchange_words = 0;                    // 16-byte words of one exchange buffer of one group
   int weight_bytes = 0, sum_bytes = 0, shared_bytes = 0;
-  int64_t cycles = 0;                        // predicted, of one step
+  int64_t cycles = 0;  // predicted, of a step
 
   GK_BOTH int programs() const { return slices * groups; }
   GK_BOTH int rows() const { return row_tiles * COLUMNS; }
@@ -37,17 +40,30 @@ struct Plan {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Prediction in cycles of one SM, from figures published for H100: an SM gets 64 bytes a cycle out of L2 and all together 24
-// each, shared memory gives 128, an m16n8k16 product takes 2. Latencies: barrier 1000 plus 2 a block, else 600.
-inline int64_t predicted_cycles(const Plan& p, const Limits& device) {
-  const int64_t exchange = int64_t{16} * p.exchange_words * (p.local ? 1 : p.unit_warps);
-  const int64_t all = exchange * p.programs() / (24 * device.sms), own = exchange / 64;
-  const int64_t from_l2 = p.local ? exchange * p.unit_warps * p.turns / 128 : (all > own ? all : own);
+// What a step is predicted to cost, in cycles of an SM. No GPU has confirmed it yet; it chooses between plans, no more.
+struct Cost {
+  int64_t meeting = 0, exchange = 0, products = 0, weights = 0, sums = 0, cells = 0;
+
+  int64_t total() const { return meeting + exchange + products + weights + sums + cells; }
+};
+
+// From figures published for H100. Meeting: 500 until a block's stores are out, 700 until the last flag is seen, 2 a block to
+// poll; within a block four barriers of 40. Exchange: an SM gets 64 bytes a cycle out of L2 and all together 24 each (shared
+// memory: 128), 300 of latency for every CHUNK loads in a row. Products: 2 each, or 33 each in the longest chain. Weights and
+// partial sums: 128 bytes of shared memory a cycle. Cells: about 300 of latency, 150 for each turn of all threads.
+inline Cost predicted_cost(const Plan& p, const Limits& device) {
+  const int64_t length = divide_up(p.k_blocks, p.k_warps), tiles = divide_up(p.row_tiles, p.row_warps) * p.turns;
+  const int64_t bytes = int64_t{16} * p.exchange_words * p.unit_warps;
+  const int64_t from_l2 = std::max(bytes / 64, bytes * p.programs() / (int64_t{24} * device.sms));
   const int64_t products = int64_t{2} * p.M * p.unit_warps * p.turns * p.k_blocks * p.row_tiles;
-  const int64_t weights = int64_t{1} * p.weight_bytes * p.row_tiles / 128;
-  const int64_t sums = int64_t{2} * p.sum_bytes / 128, cells = 150 * divide_up(p.units * p.rows(), THREADS);
-  const int64_t latency = p.local ? 300 : 600 + 1000 + 2 * p.slices;
-  return latency + from_l2 + 2 * products + weights + sums + cells;
+  Cost cost;
+  cost.meeting = 160 + (p.local ? 0 : 500 + 700 + 2 * p.slices);
+  cost.exchange = p.local ? bytes * p.turns / 128 + 30 : from_l2 + 300 * tiles * divide_up(length, CHUNK);
+  cost.products = std::max(2 * products, 33 * length * tiles);
+  cost.weights = int64_t{1} * p.weight_bytes * p.row_tiles / 128;
+  cost.sums = int64_t{2} * p.sum_bytes / 128;
+  cost.cells = 300 + 150 * divide_up(p.units * p.rows(), THREADS);
+  return cost;
 }
 
 // Fills in what follows from the shape of a block; false where the device does not hold it.
@@ -66,7 +82,7 @@ inline bool complete(Plan& p, int64_t B, int64_t H, bool backward, const Limits&
   p.shared_bytes = HEAD_BYTES + p.weight_bytes + p.sum_bytes + (p.local ? 2 * 16 * p.exchange_words : 0);
   if (p.local ? p.slices != 1 : p.slices * p.groups > device.sms) return false;
   if (p.units * p.rows() > cells * THREADS || p.shared_bytes > device.shared_bytes) return false;
-  p.cycles = predicted_cycles(p, device);
+  p.cycles = predicted_cost(p, device).total();
   return true;
 }
 

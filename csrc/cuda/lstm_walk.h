@@ -14,7 +14,6 @@
 namespace gk {
 
 constexpr int NUM_SUMS = 11;  // of a step: dh, dc, recurrent dh, seven counts of gates, the sum of f
-constexpr int CHUNK = 4;      // k blocks whose loads are on their way at once
 
 struct Walk {
   Plan plan;
@@ -219,7 +218,8 @@ struct Stationary {
             product(acc, w, e[c]);
           }
         }
-        float* target = sums + ((place.k_warp * p.row_tiles + tile) * rows + (place.unit_warp * TURNS + turn) * 16 * M) * COLUMNS;
+        float* target =
+            sums + ((place.k_warp * p.row_tiles + tile) * rows + (place.unit_warp * TURNS + turn) * 16 * M) * COLUMNS;
         target += place.lane / 4 * COLUMNS + place.lane % 4 * 2;
         GK_UNROLL
         for (int m = 0; m < M; ++m) {
@@ -258,9 +258,7 @@ struct Meeting {
   const Place& place;
   Head* head;
 
-  GK_DEVICE uint64_t* flags(int64_t round) const {
-    return w.flags + (round % 2 * w.plan.groups + place.group) * w.plan.slices;
-  }
+  GK_DEVICE uint64_t* flags(int64_t round) const { return w.flags + (round % 2 * w.plan.groups + place.group) * w.plan.slices; }
 
   // After this the block's other stores may follow: only what has been written before is waited for.
   GK_DEVICE void arrive(int64_t round, uint32_t largest, uint32_t incoming) const {

@@ -14,17 +14,17 @@ constexpr int NOTHING = 1 << 30;  // the exponent of a step at which a group of 
 
 struct Backward {
   Walk walk;
-  const uint16_t *weight_hh, *dy;    // dy: null where none came
+  const uint16_t *weight_hh, *dy;  // dy: null where none came
   const float *c0, *gates, *cells;
-  float *dh, *dc;                    // (B, H): dh_n and dc_n on entry, dh0 and dc0 on return
+  float *dh, *dc;  // (B, H): dh_n and dc_n on entry, dh0 and dc0 on return
   uint16_t* dgates;
-  double* partials;                  // (T, programs, NUM_SUMS); null without telemetry
-  int32_t* exponents;                // (groups, T) of each step's scale; null without telemetry
+  double* partials;    // (T, programs, NUM_SUMS); null without telemetry
+  int32_t* exponents;  // (groups, T) of each step's scale; null without telemetry
 };
 
-// Largest magnitudes from 2^(MIDDLE - SPAN) to 2^(MIDDLE + SPAN) are left as they are, others are brought to 2^MIDDLE. A bfloat16
-// has float32's exponents. Half has five bits: a step may grow a gradient 500-fold until it is infinite, and what is a millionth
-// of the largest keeps half of its digits.
+// Largest magnitudes from 2^(MIDDLE - SPAN) to 2^(MIDDLE + SPAN) are left as they are, others are brought to 2^MIDDLE. A
+// bfloat16 has float32's exponents. Half has five bits: a step may grow a gradient 500-fold until it is infinite, and what is a
+// millionth of the largest keeps half of its digits.
 template <typename T>
 struct Range {
   static constexpr int MIDDLE = 0, SPAN = 32;
