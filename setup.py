@@ -6,8 +6,10 @@ installs without either: `gk.implementations()` then says so.
 """
 
 import os
+import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,23 +21,27 @@ CUDA_SOURCES = [str(path) for suffix in ("cpp", "cu") for path in sorted(Path("c
 HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]
 # The oldest torch whose stable ABI csrc/cuda keeps to; USE_CUDA makes torch's header declare the current stream.
 CUDA_DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
-ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
 
 def cuda_extensions(pybind_include: str) -> list:
-    """gradkernels._C_cuda, or nothing where torch is built without CUDA or there is no nvcc, with the reason on stderr."""
+    """gradkernels._C_cuda; nothing where torch is built without CUDA or its nvcc is not there, with the reason on stderr."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
     if torch.version.cuda is None:
         return []
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        print("gradkernels: no nvcc; installing without CUDA C++ kernels", file=sys.stderr)
+    nvcc = shutil.which("nvcc", path=str(Path(CUDA_HOME or "nowhere") / "bin"))
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout if nvcc else ""
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    release = (int(found[1]), int(found[2])) if found else (0, 0)
+    if release[0] != int(torch.version.cuda.split(".")[0]):
+        print(f"gradkernels: no nvcc of CUDA {torch.version.cuda}; installing without CUDA C++ kernels", file=sys.stderr)
         return []
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    flags = {"cxx": ["-std=c++20", "-O3", "-g0", *CUDA_DEFINES], "nvcc": ["-std=c++20", "-O3", *CUDA_DEFINES]}
-    include = [pybind_include]
-    return [CUDAExtension("gradkernels._C_cuda", CUDA_SOURCES, include, extra_compile_args=flags, depends=HEADERS)]
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX")
+    flags = {"cxx": ["-std=c++20", "-O3", "-g0"], "nvcc": ["-std=c++20", "-O3", "--threads=3"]}
+    flags = {compiler: [*options, *CUDA_DEFINES] for compiler, options in flags.items()}
+    options = {"include_dirs": [pybind_include], "extra_compile_args": flags, "depends": HEADERS}
+    return [CUDAExtension("gradkernels._C_cuda", CUDA_SOURCES, **options)]
 
 
 def native_build() -> dict:

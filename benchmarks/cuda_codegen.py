@@ -1,8 +1,8 @@
 """python -m benchmarks.cuda_codegen: what the CUDA C++ kernels become, and how the LSTM's walks are laid over a GPU.
 
 Every kernel of csrc/cuda is compiled by nvcc for sm_80, sm_90a and sm_100, no GPU needed, and ptxas's own report is read:
-registers, stack, spills, shared memory. Writes benchmarks/results/cuda_codegen.jsonl, a line a kernel and target, and the tables of
-docs/lstm_gpu.md: the kernels, and what csrc/cuda/lstm_plan.h plans and predicts. A prediction is marked as one.
+registers, stack, spills, shared memory. Writes benchmarks/results/cuda_codegen.jsonl, a line a kernel and target, and the
+tables of docs/lstm_gpu.md: the kernels, and what csrc/cuda/lstm_plan.h plans and predicts. A prediction is marked as one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ int main() {
     const gk::Limits device{sms, shared};
     const gk::Plan p = gk::plan_walk(B, H, backward, device);
     const gk::Cost c = p.M ? gk::predicted_cost(p, device) : gk::Cost{};
-    std::printf("%d %d %d %d %d %d %d %d %d %d %d\\n", p.M ? p.programs() : 0, p.units, p.rows(), p.shared_bytes, p.exchange_words * 16,
-                (int)c.meeting, (int)c.exchange, (int)c.products, (int)c.weights, (int)c.sums, (int)c.cells);
+    std::printf("%d %d %d %d %d ", p.M ? p.programs() : 0, p.units, p.rows(), p.shared_bytes, p.exchange_words * 16);
+    for (int64_t cycles : {c.meeting, c.exchange, c.products, c.weights, c.sums, c.cells}) std::printf("%d ", (int)cycles);
+    std::printf("\\n");
   }
 }
 """
@@ -112,16 +113,11 @@ def plans(questions: list[tuple[int, int, bool, tuple[int, int]]]) -> list[dict[
 
 def kernel_table(lines: list[dict[str, Any]]) -> list[str]:
     """Registers of every kernel, a column a target."""
-    rows = {}
+    rows, measured = {}, {None: "-", False: "off", True: "on"}
     for line in lines:
         if line["dtype"] != "float16":
-            name = [
-                line["kernel"],
-                line["form"] or "-",
-                line["tiles"] or "-",
-                {None: "-", False: "off", True: "on"}[line["telemetry"]],
-            ]
-            rows.setdefault(tuple(map(str, name)), {})[line["target"]] = line
+            name = (line["kernel"], line["form"] or "-", str(line["tiles"] or "-"), measured[line["telemetry"]])
+            rows.setdefault(name, {})[line["target"]] = line
     table = [f"| kernel | form | tiles | telemetry | {' | '.join(TARGETS)} |", "|" + "---|" * (4 + len(TARGETS))]
     for name, found in sorted(rows.items()):
         table.append(f"| {' | '.join(name)} | {' | '.join(str(found[target]['registers']) for target in TARGETS)} |")
@@ -131,16 +127,12 @@ def kernel_table(lines: list[dict[str, Any]]) -> list[str]:
 def largest_table() -> list[str]:
     """The largest H that fits, forward and backward, for each device and batch."""
     batches, sizes = (1, 8, 16, 32, 64, 128), range(136, 2400, 8)
-    questions = [
-        (B, H, backward, DEVICES[name]) for name in DEVICES for B in batches for H in sizes for backward in (False, True)
-    ]
+    walks = (False, True)
+    questions = [(B, H, backward, size) for size in DEVICES.values() for B in batches for H in sizes for backward in walks]
     fits = {question: plan["programs"] > 0 for question, plan in zip(questions, plans(questions), strict=True)}
     table = [f"| device | {' | '.join(f'B = {B}' for B in batches)} |", "|" + "---|" * (1 + len(batches))]
     for name, device in DEVICES.items():
-        largest = [
-            [max((H for H in sizes if fits[B, H, backward, device]), default=128) for backward in (False, True)]
-            for B in batches
-        ]
+        largest = [[max((H for H in sizes if fits[B, H, way, device]), default=128) for way in walks] for B in batches]
         table.append(f"| {name} | {' | '.join(f'{forward} / {backward}' for forward, backward in largest)} |")
     return table
 
@@ -152,12 +144,10 @@ def time_table() -> list[str]:
     header = "| (B, T, H) | walk | blocks | units x rows | shared bytes | bytes from L2, a block and step |"
     table = [f"{header} {' | '.join(PARTS)} | us a step | ms |", "|" + "---|" * (8 + len(PARTS))]
     for k, plan in enumerate(plans(questions)):
-        (B, T, H), backward = SIZES[k // 2], k % 2
+        (B, T, H), walk = SIZES[k // 2], ("forward", "backward")[k % 2]
         cycles = sum(plan[part] for part in PARTS)
         l2_bytes = 0 if H <= 128 else plan["exchange_bytes"]
-        shape = (
-            f"| {(B, T, H)} | {'backward' if backward else 'forward'} | {plan['programs']} | {plan['units']} x {plan['rows']}"
-        )
+        shape = f"| {(B, T, H)} | {walk} | {plan['programs']} | {plan['units']} x {plan['rows']}"
         parts = " | ".join(str(plan[part]) for part in PARTS)
         step = cycles / GIGAHERTZ / 1000
         table.append(f"{shape} | {plan['shared']} | {l2_bytes} | {parts} | {step:.2f} | {T * step / 1000:.2f} |")
@@ -177,12 +167,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
     parser.add_argument("--json", action="store_true", help="print JSON lines; write nothing")
     chosen = parser.parse_args(arguments)
+    if nvcc() is None:
+        print("nvcc is not there: nothing compiled, nothing written", file=sys.stderr)
+        return 0
     lines = []
     for source in SOURCES:
         with ThreadPoolExecutor(2) as pool:
-            lines += [
-                line for batch in pool.map(partial(compile_for, source=source), chosen.target or TARGETS) for line in batch
-            ]
+            for batch in pool.map(partial(compile_for, source=source), chosen.target or TARGETS):
+                lines += batch
     for line in lines:
         print(json.dumps(line) if chosen.json else " ".join(map(str, line.values())))
     if not (chosen.json or chosen.target):

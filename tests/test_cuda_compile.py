@@ -30,7 +30,7 @@ def test_kernels_compile_without_spills(source, target):
     assert found
     for line in found.values():
         assert (line["stack_bytes"], line["spill_stores"], line["spill_loads"]) == (0, 0, 0), line
-        assert line["registers"] <= 255 and line["static_shared_bytes"] == 0, line
+        assert line["static_shared_bytes"] == 0, line
     committed = map(json.loads, cuda_codegen.RESULTS.read_text().splitlines())
     assert set(found) == set(of_target([line for line in committed if line["source"] == source.name], target))
 
@@ -51,7 +51,7 @@ def extensions(cuda):
 
 
 def test_setup_builds_cuda_where_torch_has_it(monkeypatch, tmp_path):
-    """_C alone with a torch for CPUs and where there is no nvcc; _C and _C_cuda otherwise."""
+    """_C alone with a torch for CPUs and where its nvcc is not there; _C and _C_cuda otherwise."""
     from torch.utils import cpp_extension
 
     monkeypatch.chdir(ROOT)
@@ -60,6 +60,9 @@ def test_setup_builds_cuda_where_torch_has_it(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     assert extensions(None) == ["gradkernels._C"]
     assert extensions("13.0") == ["gradkernels._C"]
-    (tmp_path / "bin" / "nvcc").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.1, V13.1.1\n")
+    nvcc.chmod(0o755)
     assert extensions(None) == ["gradkernels._C"]
+    assert extensions("12.9") == ["gradkernels._C"]
     assert extensions("13.0") == ["gradkernels._C", "gradkernels._C_cuda"]

@@ -150,6 +150,8 @@ class Launch {
     check(cudaStreamIsCapturing(stream_, &capturing), "cudaStreamIsCapturing");
     STD_TORCH_CHECK(capturing == cudaStreamCaptureStatusNone,
                     "lstm_layer: packed sequences cannot be captured into a CUDA graph");
+    STD_TORCH_CHECK(batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.is_contiguous(),
+                    "lstm_walk: batch_sizes must be int64 on the CPU");
     const auto* sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
     std::vector<int64_t> offsets{0};
     for (int64_t t = 0; t < walk.T; ++t) offsets.push_back(offsets.back() + sizes[t]);

@@ -36,7 +36,7 @@ struct Range<Half> {
 constexpr int LARGEST_EXPONENT = 126;  // whose power of two, and its reciprocal, float32 still holds
 
 struct Scale {
-  int exponent = 0;
+  int exponent = 0, jump = 0;                 // jump: from the scale before
   float carried = 1, incoming = 1, back = 1;  // factors of what the scale before carried, of dy, and of what is written
 
   // From the codes of the largest magnitude of the step after, in its scale, and of what comes in.
@@ -55,7 +55,8 @@ struct Scale {
       exponent = exponent < LARGEST_EXPONENT ? exponent : LARGEST_EXPONENT;
     }
     exponent = exponent > -LARGEST_EXPONENT ? exponent : -LARGEST_EXPONENT;
-    carried = device::power_of_two(exponent - before);
+    jump = exponent - before;
+    carried = device::power_of_two(jump);
     incoming = exponent <= LARGEST_EXPONENT ? device::power_of_two(exponent) : 0.0f;
     back = device::power_of_two(-exponent);
   }
@@ -128,7 +129,7 @@ struct BackwardCells {
         continue;
       }
       const float factor = carried ? scale.carried : scale.incoming;
-      recurrent[i] = carried ? before * factor : 0.0f;
+      recurrent[i] = carried ? before : 0.0f;
       const float dh_total = before * factor + dy[i] * scale.incoming;
       const float in = gates[i][0], f = gates[i][1], g = gates[i][2], o = gates[i][3];
       const float m = device::hyperbolic_tangent(c[i]);
@@ -170,8 +171,9 @@ struct BackwardCells {
     }
   }
 
-  // The sums of this warp over its cells of one step, into the head. Squares in float64: no float32 is too small for it.
-  GK_DEVICE void measure(const Backward& p, const Place& place, const Step& step, Head* head) const {
+  // The sums of this warp over its cells of one step, into the head. Squares in float64: no float32 is too small for it, nor is
+  // what has come through W_hh, in its own scale, beside a dy that is 1e150 times as large.
+  GK_DEVICE void measure(const Backward& p, const Place& place, const Step& step, int jump, Head* head) const {
     double squares[3] = {0, 0, 0};
     float forget = 0;
     uint32_t counts[2] = {0, 0};  // a byte a count: a warp has at most 32 x 4 cells
@@ -193,6 +195,7 @@ struct BackwardCells {
     GK_UNROLL
     for (int k = 0; k < 2; ++k) counts[k] = device::warp_add(counts[k]);
     if (place.lane != 0) return;
+    squares[2] *= ldexp(1.0, 2 * jump);
     GK_UNROLL
     for (int k = 0; k < 3; ++k) head->squares[k][place.warp] = squares[k];
     head->forget[place.warp] = forget;
@@ -266,7 +269,7 @@ GK_DEVICE void walk_backward(const Backward& p) {
     const uint32_t own = cells.step_back(p, place, memory, scale, last_back, step, live, exchange(n));
     meeting.arrive(n + 1, own, cells.incoming(p, place, next, step.rows));
     cells.store(p, place, step, scale.back);
-    if (TELEMETRY) cells.measure(p, place, step, memory.head);
+    if (TELEMETRY) cells.measure(p, place, step, scale.jump, memory.head);
     live = step.rows;
     step = next;
     next = step_back_at(n + 2);
