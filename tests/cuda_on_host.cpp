@@ -92,22 +92,35 @@ static bool run_backward(Scratch& scratch, const Backward& p) {
 
 extern "C" {
 
-// 0: done, 1: given up, 2: no plan.
-int forward(const Request* request, const uint16_t* weight_hh, const uint16_t* h0, const float* c0, float* gates, float* cells,
-            uint16_t* y) {
-  Forward p{{}, weight_hh, h0, c0, gates, cells, y};
+// 0: done, 1: given up, 2: no plan. rows: of all steps together.
+int forward(const Request* request, int64_t rows, const uint16_t* weight_hh, const uint16_t* h0, const float* c0, float* gates,
+            float* cells, uint16_t* y) {
+  const int64_t H = request->H, state = request->B * H;
+  const host::Guarded<const uint16_t> w(weight_hh, 4 * H * H), h(h0, state);
+  const host::Guarded<const float> c(c0, state);
+  const host::Guarded<float> all_gates(gates, rows * 4 * H), all_cells(cells, rows * H);
+  const host::Guarded<uint16_t> all_y(y, rows * H);
+  Forward p{{}, w, h, c, all_gates, all_cells, all_y};
   Scratch scratch(*request, p.walk, false);
   if (p.walk.plan.M == 0) return 2;
   return (request->half ? run_forward<Half> : run_forward<Bfloat16>)(scratch, p) ? 0 : 1;
 }
 
-int backward(const Request* request, const uint16_t* weight_hh, const uint16_t* dy, const float* c0, const float* gates,
-             const float* cells, float* dh, float* dc, uint16_t* dgates, double* partials, int32_t* exponents) {
-  Backward p{{}, weight_hh, dy, c0, gates, cells, dh, dc, dgates, partials, nullptr};
+int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, const uint16_t* dy, const float* c0,
+             const float* gates, const float* cells, float* dh, float* dc, uint16_t* dgates, double* partials,
+             int32_t* exponents) {
+  const int64_t H = request->H, state = request->B * H;
+  const host::Guarded<const uint16_t> w(weight_hh, 4 * H * H), all_dy(dy, rows * H);
+  const host::Guarded<const float> c(c0, state), all_gates(gates, rows * 4 * H), all_cells(cells, rows * H);
+  const host::Guarded<float> state_dh(dh, state), state_dc(dc, state);
+  const host::Guarded<uint16_t> all_dgates(dgates, rows * 4 * H);
+  Backward p{{}, w, all_dy, c, all_gates, all_cells, state_dh, state_dc, all_dgates, nullptr, nullptr};
   Scratch scratch(*request, p.walk, true);
   const Plan& plan = p.walk.plan;
   if (plan.M == 0) return 2;
+  const host::Guarded<double> sums(partials, request->T * plan.programs() * NUM_SUMS);
   std::vector<int32_t> group_exponents(plan.groups * request->T);
+  p.partials = sums;
   p.exponents = group_exponents.data();
   const bool telemetry = partials != nullptr;
   const auto run = request->half ? (telemetry ? run_backward<Half, true> : run_backward<Half, false>)

@@ -3,7 +3,8 @@
 //
 // What would be wrong on a device is found out: a result that needs a barrier which is missing (the order is random, and blocks
 // dawdle at random before they publish and while they wait), threads that do not meet at the same point, reads out of shared
-// memory that nobody wrote (it starts as NaN), and waiting for somebody who never comes.
+// memory that nobody wrote (it starts as NaN), access behind the end of a tensor (a fault), and waiting for somebody who never
+// comes.
 #pragma once
 
 #include <math.h>
@@ -21,6 +22,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../csrc/cuda/device.h"
@@ -29,6 +31,33 @@
 namespace gk::host {
 
 struct GivenUp {};
+
+// A tensor moved to where nothing may be touched behind its end, and back where it came from.
+template <typename A>
+class Guarded {
+ public:
+  Guarded(A* source, int64_t count) : source_(source), bytes_(source ? count * sizeof(A) : 0) {
+    if (!source) return;
+    const size_t page = sysconf(_SC_PAGESIZE), pages = (bytes_ + page - 1) / page * page;
+    size_ = pages + page;
+    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base_ + pages, page, PROT_NONE);
+    data_ = reinterpret_cast<A*>(base_ + pages - bytes_);
+    memcpy(const_cast<std::remove_const_t<A>*>(data_), source, bytes_);
+  }
+  ~Guarded() {
+    if (!source_) return;
+    if constexpr (!std::is_const_v<A>) memcpy(source_, data_, bytes_);
+    munmap(base_, size_);
+  }
+  Guarded(const Guarded&) = delete;
+  operator A*() const { return data_; }
+
+ private:
+  A *source_, *data_ = nullptr;
+  size_t bytes_, size_ = 0;
+  char* base_ = nullptr;
+};
 
 // What a launch is made of, and what is to go wrong in it on purpose.
 struct Launch {

@@ -87,7 +87,7 @@ class Layer:
         self.gates, self.cells = self.x.clone(), torch.full((len(self.x), self.H), math.nan)
         self.y = torch.full((len(self.x), self.H), math.nan, dtype=self.dtype)
         inputs = (self.weight, self.h0, self.c0, self.gates, self.cells, self.y)
-        return self.body.forward(byref(self.request), *map(pointer, inputs))
+        return self.body.forward(byref(self.request), c_int64(len(self.x)), *map(pointer, inputs))
 
     def backward(self, dy, dh_n, dc_n, telemetry=True):
         self.dy, self.dh_n, self.dc_n = dy, dh_n, dc_n
@@ -98,7 +98,7 @@ class Layer:
         self.exponents = torch.full((T,), -(2**30), dtype=torch.int32) if telemetry else None
         inputs = (self.weight, dy, self.c0, self.gates, self.cells)
         outputs = (self.dh, self.dc, self.dgates, self.partials, self.exponents)
-        return self.body.backward(byref(self.request), *map(pointer, inputs + outputs))
+        return self.body.backward(byref(self.request), c_int64(len(self.x)), *map(pointer, inputs + outputs))
 
 
 def check_forward(layer):
