@@ -290,6 +290,18 @@ def test_two_losses(body, H, dtype):
     check_backward(layer)
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+@pytest.mark.parametrize("H", [20, 132])
+def test_rows_that_come_and_go_while_others_vanish(body, H, reverse):
+    """Rows that begin or end at a step are in no scale yet, or leave it."""
+    layer = Layer(body, 5, H, [5] * 6 + [3] * 14, packed=True, reverse=reverse, gain=0.05)
+    layer.x.view(-1, 4, H)[:, 1] -= 8.0
+    check_forward(layer)
+    assert layer.backward(*gradients(layer, 1e-25, dy=False)) == DONE
+    assert layer.exponents[[4, 5, 6]].ne(0).all()
+    check_backward(layer)
+
+
 def test_groups_far_apart(body):
     """Groups of rows have scales of their own. One that is not there yet, or that has just begun, spoils no other's norm."""
     layer = Layer(body, 9, 20, [9, 9] + [8] * 23, packed=True, gain=0.1)
