@@ -155,7 +155,9 @@ def check_backward(layer):
         beyond = expected.abs() + error >= torch.finfo(layer.dtype).max  # an infinity there is right
         assert (((found - expected).abs() <= error) | (beyond & found.isinf())).all(), t
     for found, expected in ((layer.dh, dh0), (layer.dc, dc0)):
-        assert ((found - expected).abs() <= 2 * eps * expected.abs().max() + 2.0**-149).all()
+        # float16 has no exponents to keep a row's digits beside one that is thousands of times as large.
+        largest = expected.abs().max() if layer.dtype is torch.float16 else expected.abs().amax(1, True)
+        assert ((found - expected).abs() <= 4 * eps * largest + 2.0**-149).all()
     if layer.partials is None:
         return
     assert not layer.partials.isnan().any()
@@ -294,7 +296,7 @@ def test_two_losses(body, H, dtype):
 @pytest.mark.parametrize("H", [20, 132])
 def test_rows_that_come_and_go_while_others_vanish(body, H, reverse):
     """Rows that begin or end at a step are in no scale yet, or leave it."""
-    layer = Layer(body, 5, H, [5] * 6 + [3] * 14, packed=True, reverse=reverse, gain=0.05)
+    layer = Layer(body, 20, H, list(range(20, 0, -1)), packed=True, reverse=reverse, gain=0.05)
     layer.x.view(-1, 4, H)[:, 1] -= 8.0
     check_forward(layer)
     assert layer.backward(*gradients(layer, 1e-25, dy=False)) == DONE
