@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py pyproject.toml
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) setup.py pyproject.toml
 
 .PHONY: demo test slow lint format bench codegen gpu clean
 
@@ -18,12 +18,12 @@ slow: $(VENV)/.built
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/cpu/*.cpp' 'csrc/cpu/*.h' | grep -v tables)
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' | grep -v tables)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/cpu/*.cpp' 'csrc/cpu/*.h' | grep -v tables)
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' | grep -v tables)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run
@@ -31,6 +31,7 @@ bench: $(VENV)/.built
 
 codegen: $(VENV)/.built
 	$(BIN)/python -m benchmarks.codegen
+	$(BIN)/python -m benchmarks.cuda_codegen
 
 # On a machine with a GPU, with the torch and triton that are installed there: nothing is downloaded.
 gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -152,5 +153,7 @@ def implementations() -> dict[str, str]:
     table["autograd"] = "C++" if _C is not None else "Python: the extension is not built"
     if ON_CUDA:
         table.update({f"{op} on cuda": "Triton" for op in ops if any(name.startswith(op) for name in ON_CUDA)})
+    if "gradkernels._C_cuda" in sys.modules:
+        table["lstm_layer on cuda"] = "CUDA C++ for 16-bit layers that fit the device, Triton for others"
     table["any op on any other device"] = "reference (PyTorch)"
     return table
