@@ -32,7 +32,10 @@ std::shared_ptr<const Plan> Plans::find(Key key) const {
 Plans::Entry& Plans::entry(Key key, Table& full) {
   auto found = table_.find(key);
   if (found == table_.end()) {
-    if (table_.size() >= MAX_KINDS) table_.swap(full);
+    if (table_.size() >= MAX_KINDS || launches_ >= MAX_LAUNCHES) {
+      table_.swap(full);
+      launches_ = 0;
+    }
     found = table_.try_emplace(std::vector<uint64_t>(key.begin(), key.end())).first;
   }
   return found->second;
@@ -52,6 +55,7 @@ void Plans::keep(Key key, std::shared_ptr<const Plan> plan) {
   std::unique_lock lock(mutex_);
   Entry& here = entry(key, full);
   here.watched = true;
+  if (plan) launches_ += plan->launches.size();
   here.plan.swap(plan);
   lock.unlock();
 }

@@ -62,10 +62,11 @@ struct EqualKey {
   bool operator()(Key a, Key b) const { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 };
 
-// The plans of one op. Bounded: where shapes never repeat, the table starts again once it is full.
+// The plans of one op. Bounded: where shapes never repeat, the table starts again once it is full of kinds or of launches (a
+// walk through time has as many as steps, of some 500 bytes each).
 class Plans {
  public:
-  static constexpr size_t MAX_KINDS = 1024;
+  static constexpr size_t MAX_KINDS = 1024, MAX_LAUNCHES = 1 << 16;
   std::shared_ptr<const Plan> find(Key key) const;
   // Counts a call that has no plan; true if it should be watched.
   bool should_watch(Key key);
@@ -84,6 +85,7 @@ class Plans {
   Entry& entry(Key key, Table& full);
   mutable std::shared_mutex mutex_;
   Table table_;
+  size_t launches_ = 0;
 };
 
 void bind_plans(pybind11::module_& m);

@@ -37,8 +37,11 @@ def dot(builder, a, b, acc, input_precision, max_num_imprecise_acc):
     return create_dot(builder, a, b, acc, input_precision, max_num_imprecise_acc)
 
 
+new_stats, new_time_stats = gk.new_stats, gk.new_time_stats
 if ON_GPU:
     torch.set_default_device("cuda")
+    gk.new_stats = lambda ports, device="cuda": new_stats(ports, device)
+    gk.new_time_stats = lambda steps, device="cuda": new_time_stats(steps, device)
 else:
     from triton.runtime import interpreter
 
@@ -47,5 +50,4 @@ else:
     OVERRIDE = torch.library.Library("gradkernels", "IMPL")
     for op, kernel in gradkernels.triton.KERNELS.items():
         OVERRIDE.impl(op, kernel, "CPU", allow_override=True)
-    new_stats = gk.new_stats
     gk.new_stats = lambda ports, device="cpu": new_stats(ports, device).expand(-1, 5, -1).contiguous()

@@ -13,7 +13,7 @@ from plan_rig import check_replay, counts, on_device_without_code, rigged, stand
 
 from gradkernels.library import _C
 from gradkernels.testing import randn
-from gradkernels.triton import KERNELS, plans
+from gradkernels.triton import KERNELS, launch, plans
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
@@ -179,6 +179,25 @@ def test_bounded():
         for _ in range(3):
             ops["fold"](table(0).new_empty(0, 1, 8))
         assert counts(ops["fold"])["replays"] == 1
+
+
+def test_launches_are_bounded():
+    """Long walks fill the table by their launches: with 65,536 of them it starts again."""
+
+    def walk(T):
+        h, wide = torch.zeros(1, 1), torch.zeros(T, 1)
+        return torch.zeros(T, 4), torch.zeros(4, 1), None, h, torch.zeros(1, 1), wide, wide.clone(), False, False
+
+    with rigged() as (rig, ops):
+        op = ops["lstm_steps_fwd"]
+        op(*walk(1))
+        (compiled,) = rig.compiled.values()
+        with mock.patch.object(launch, "run", return_value=compiled):
+            for T, kinds in ((22000, 2), (22001, 3), (22002, 4), (22003, 1)):
+                for _ in range(2):
+                    op(*walk(T))
+                assert counts(op)["kinds"] == kinds
+            assert counts(op)["plans"] == 1
 
 
 def test_error_of_the_driver():

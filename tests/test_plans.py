@@ -157,6 +157,56 @@ def test_a_wrong_outcome_is_seen(what):
         check(partial(norm_calls, (9, 40), BF16, True), only=["layer_norm_bwd"], watch=watch)
 
 
+def walk_calls(T, B, H, P, dtype, dy=True, on=True, reverse=False):
+    """{op: its arguments} of a padded walk of an LSTM layer in both directions of time; P: units of a projection, or 0."""
+    rows, P, wide, projected = T * B, P or H, torch.float64 if dtype is torch.float64 else F32, P > 0
+    operand = F32 if dtype is torch.float16 else dtype
+    make, empty = partial(randn, dtype=dtype), partial(torch.empty, dtype=wide)
+    programs = -(-max(H, P) // 16) * -(-B // 32)
+    return {
+        "lstm_steps_fwd": (
+            randn(rows, 4 * H, dtype=wide),
+            make(4 * H, P),
+            make(P, H) if projected else None,
+            make(B, P),
+            randn(B, H, dtype=wide),
+            make(rows, P),
+            empty(rows, H),
+            reverse,
+            False,
+        ),
+        "lstm_steps_bwd": (
+            make(rows, P) if dy else None,
+            randn(B, P, dtype=wide),
+            randn(B, H, dtype=wide),
+            randn(P, 4 * H, dtype=operand),
+            randn(H, P, dtype=operand) if projected else None,
+            randn(B, H, dtype=wide),
+            randn(rows, 4 * H, dtype=wide),
+            randn(rows, H, dtype=wide),
+            make(rows, 4 * H),
+            make(rows, P) if projected else None,
+            torch.zeros(T + 1, dtype=wide),
+            torch.zeros(T + 1, programs, dtype=wide),
+            torch.zeros(T + 1, dtype=torch.int32),
+            torch.zeros(T + 1, programs, 11, dtype=torch.float64) if on else None,
+            reverse,
+            False,
+        ),
+    }
+
+
+@pytest.mark.parametrize("projection", [0, 24])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_walks_through_time(dtype, projection):
+    """A launch a step, two with a projection; backward one step more, and the scan of what comes in."""
+    for options in ({}, {"dy": False, "on": False}, {"reverse": True}):
+        seen = check(partial(walk_calls, 5, 35, 40, projection, dtype, **options))
+        each = 2 if projection else 1
+        assert len(seen["lstm_steps_fwd"]) == 5 * each
+        assert len(seen["lstm_steps_bwd"]) == 1 + 6 * each
+
+
 def parameter_table(compiled):
     """[(offset, bytes)] of a cubin's parameters, from its EIATTR_KPARAM_INFO."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -179,9 +229,11 @@ def test_parameters_are_the_compiled_kernels():
     check(lambda: {"fold": (table(7),)}, compiled_for)
     seen = check(partial(norm_calls, (9, 512), BF16, True, narrow=True), compiled_for)
     check(partial(norm_calls, (5, 20000), F32, True), compiled_for)
+    check(partial(walk_calls, 3, 5, 32, 16, BF16), compiled_for)
     assert len(seen["layer_norm_bwd"]) == 2
     assert {"gelu_fwd_kernel", "gelu_bwd_kernel", "residual_bwd_kernel", "probe_bwd_kernel", "fold_kernel"} <= set(kernels)
     assert {f"norm_{what}_kernel" for what in ("fwd", "bwd", "fwd_looped", "bwd_looped", "finalize")} <= set(kernels)
+    assert {f"lstm_{way}_{what}_kernel" for way in ("fwd", "bwd") for what in ("step", "project")} <= set(kernels)
     for found, compiled in kernels.values():
         sizes = plans.declared_sizes(compiled)
         offsets, end = [], 0

@@ -4,7 +4,17 @@ Imported by gradkernels where torch was built for CUDA or ROCm and triton is ins
 """
 
 from gradkernels.library import implement
-from gradkernels.triton import add_layer_norm, gelu, layer_norm, lstm_cell, lstm_layer, probe, residual
+from gradkernels.triton import (
+    add_layer_norm,
+    gelu,
+    layer_norm,
+    lstm_backward,
+    lstm_cell,
+    lstm_forward,
+    lstm_layer,
+    probe,
+    residual,
+)
 from gradkernels.triton.plans import watch
 
 KERNELS = {
@@ -21,6 +31,8 @@ KERNELS = {
     "lstm_cell_bwd": lstm_cell.lstm_cell_bwd,
     "lstm_layer_fwd": lstm_layer.lstm_layer_fwd,
     "lstm_layer_bwd": lstm_layer.lstm_layer_bwd,
+    "lstm_steps_fwd": lstm_forward.lstm_steps_fwd,
+    "lstm_steps_bwd": lstm_backward.lstm_steps_bwd,
 }
 # torch.compile does not look into these: it would lay out one launch a step, and build another graph for every length.
 OPAQUE = ("lstm_layer_fwd", "lstm_layer_bwd")

@@ -33,8 +33,12 @@ def launch(
     if maxnreg is not None and not torch.version.hip:
         options["maxnreg"] = maxnreg
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
-        compiled = run(kernel, grid, args, constants, options)
-    if mode is not None:
+        note(mode, kernel, run(kernel, grid, args, constants, options), grid, args, constants)
+
+
+def note(mode: Any, kernel: Any, compiled: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any]) -> None:
+    """Tells a recording what has been launched."""
+    if isinstance(mode, Recording):
         given = dict(zip((parameter.name for parameter in kernel.params), args, strict=False))
         mode.launched(compiled, grid, given | constants)
 
@@ -46,10 +50,11 @@ def launch_each(launches: list[tuple[Any, tuple[int, ...], tuple]], *, num_warps
     """
     if not launches:
         return
+    mode = _get_current_dispatch_mode()
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(next(arg for arg in launches[0][2] if isinstance(arg, torch.Tensor))):
         for kernel, grid, args in launches:
-            run(kernel, grid, args, constants, options)
+            note(mode, kernel, run(kernel, grid, args, constants, options), grid, args, constants)
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gradkernels.library import define
 from gradkernels.triton import lstm_persistent
 from gradkernels.triton.launch import launch_each
 from gradkernels.triton.lstm import (
@@ -229,47 +230,6 @@ def lstm_bwd_project_kernel(
         tl.store(sums_ptr + 2, squares_recurrent)
 
 
-@triton.jit(do_not_specialize=["begin", "size", "num_programs", "num_steps", "recorded"])
-def lstm_time_stats_kernel(
-    partials_ptr,
-    exponents_ptr,
-    time_stats_ptr,
-    begin,
-    size,
-    num_programs,
-    num_steps,
-    recorded,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds a call to time_stats, columns as in telemetry.TIME_FIELDS, of steps below `recorded`.
-
-    Grid: steps of `size` rows each, from `begin` on.
-    """
-    t = begin + tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, 16)
-    there = (column < NUM_SUMS + 1) & (column != 3)  # gate_count is not among the sums
-    sums = tl.zeros([BLOCK, 16], tl.float64)
-    for first in range(0, num_programs, BLOCK):
-        program = first + tl.arange(0, BLOCK)
-        at = (t * num_programs + program)[:, None] * NUM_SUMS + (column - tl.where(column > 3, 1, 0))[None, :]
-        sums += tl.load(partials_ptr + at, (program < num_programs)[:, None] & there[None, :], other=0.0)
-    total = tl.sum(sums, 0)
-    norm = tl.sqrt(tl.where(column < 3, total, 0.0)) * power_of_two(-tl.load(exponents_ptr + t), tl.float64)
-    row = time_stats_ptr + (1 + t) * (NUM_SUMS + 1) + column
-    written = column < tl.where(t < recorded, NUM_SUMS + 1, 0)
-    old = tl.load(row, written, other=0.0)
-    larger, smaller = tl.maximum(old, norm), tl.minimum(old, norm)
-    ratio = tl.where(larger > 0, smaller / tl.where(larger > 0, larger, 1.0), 0.0)
-    finite = (old < float("inf")) & (norm < float("inf"))
-    merged = tl.where(finite, larger * tl.sqrt(1.0 + ratio * ratio), old + norm)
-    added = old + tl.where(column == 3, (size * H).to(tl.float64), total)
-    tl.store(row, tl.where(column < 3, merged, added), written)
-    if t == 0:
-        tl.store(time_stats_ptr, tl.maximum(tl.load(time_stats_ptr), num_steps.to(tl.float64)))
-        tl.store(time_stats_ptr + 1, tl.load(time_stats_ptr + 1) + 1.0)
-
-
 @dataclass(frozen=True)
 class WalkedBack:
     """What the walk leaves beside dh0 and dc0, which are in dh and dc."""
@@ -302,6 +262,13 @@ def walk_backward(
     return _walk_in_steps(steps, dy, dh, dc, weight_hh, weight_hr, aligned(c0), gates, cells, dgates, telemetry)
 
 
+define(
+    "lstm_steps_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor? weight_hr, Tensor c0, Tensor gates, "
+    "Tensor cells, Tensor(c!) dgates, Tensor(d!)? dh_total, Tensor(e!) incoming, Tensor(f!) largest, Tensor(g!) exponents, "
+    "Tensor(h!)? partials, bool reverse, bool tf32) -> ()"
+)
+
+
 def _walk_in_steps(
     steps: Steps,
     dy: torch.Tensor | None,
@@ -315,23 +282,78 @@ def _walk_in_steps(
     dgates: torch.Tensor,
     telemetry: bool,
 ) -> WalkedBack:
-    (B, P), H, T, projected = dh.shape, dc.shape[1], len(steps.sizes), weight_hr is not None
+    (B, P), H, T = dh.shape, dc.shape[1], len(steps.sizes)
     # float16 has too few exponents for a gradient on its way: it is carried in float32, and multiplied in TF32, which has as
     # many bits as float16.
     operand = torch.float32 if weight_hh.dtype is torch.float16 else weight_hh.dtype
     tile = tile_of(operand, H, P)
-    unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
-    num_programs = max(unit_blocks, output_blocks) * -(-B // tile["BLOCK_M"])
+    num_programs = -(-max(H, P) // tile["BLOCK_N"]) * -(-B // tile["BLOCK_M"])
     weight_hh = weight_hh.t().to(operand).contiguous()
-    carried = [weight_hh.new_empty(B, 4 * H) for _ in range(2)]
-    dh_total = dgates.new_empty(dgates.shape[0], P) if projected else None
-    dh_scaled = weight_hh.new_empty(B, P) if projected else None
-    weight_hr = weight_hr.t().to(operand).contiguous() if projected else None
+    dh_total = None if weight_hr is None else dgates.new_empty(dgates.shape[0], P)
+    weight_hr = None if weight_hr is None else weight_hr.t().to(operand).contiguous()
     # After the first step one more launch takes dh0 and dc0 off the walk, as step T, which has no rows.
     incoming, largest = dc.new_zeros(T + 1), dc.new_zeros(T + 1, num_programs)
     exponents = torch.zeros(T + 1, dtype=torch.int32, device=dc.device)
     partials = dc.new_zeros(T + 1, num_programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
+    args = (dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, dh_total, incoming, largest, exponents, partials)
+    tf32 = uses_tf32(operand, exact=dgates.dtype is torch.float16)
+    if B and steps.batch_sizes is None:
+        torch.ops.gradkernels.lstm_steps_bwd(*args, steps.reverse, tf32)
+    elif B:
+        launch_backward(steps, *args, tf32)
+    return WalkedBack(dgates, dh_total, partials, exponents)
+
+
+def lstm_steps_bwd(
+    dy: torch.Tensor | None,
+    dh: torch.Tensor,
+    dc: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    c0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    dgates: torch.Tensor,
+    dh_total: torch.Tensor | None,
+    incoming: torch.Tensor,
+    largest: torch.Tensor,
+    exponents: torch.Tensor,
+    partials: torch.Tensor | None,
+    reverse: bool,
+    tf32: bool,
+) -> None:
+    """The launches of a padded walk back. They follow from these arguments' shapes: an op, of which a plan can be made."""
+    steps = Steps.padded(gates.shape[0], dh.shape[0], reverse)
+    state = (dh_total, incoming, largest, exponents, partials)
+    launch_backward(steps, dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, *state, tf32)
+
+
+def launch_backward(
+    steps: Steps,
+    dy: torch.Tensor | None,
+    dh: torch.Tensor,
+    dc: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    c0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    dgates: torch.Tensor,
+    dh_total: torch.Tensor | None,
+    incoming: torch.Tensor,
+    largest: torch.Tensor,
+    exponents: torch.Tensor,
+    partials: torch.Tensor | None,
+    tf32: bool,
+) -> None:
+    """What comes in, then one launch a step, two with a projection. The weights are transposed, in the dtype of operands."""
+    (B, P), H, T, projected = dh.shape, dc.shape[1], len(steps.sizes), weight_hr is not None
+    tile, num_programs = tile_of(weight_hh.dtype, H, P), largest.shape[1]
+    unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
+    carried = [weight_hh.new_empty(B, 4 * H) for _ in range(2)]
+    dh_scaled = weight_hh.new_empty(B, P) if projected else None
     state = (incoming, largest, exponents, partials)
+    _launch_incoming(steps, dy, dh, dc, incoming)
     launches, after, before = [], -1, 0
     for n, t in enumerate((*reversed(steps.order), T)):
         first, size, continued = (0, 0, 0) if t == T else (steps.first[t], steps.sizes[t], steps.continued(t))
@@ -347,11 +369,7 @@ def _walk_in_steps(
         args = (*args, size, before, continued, num_programs)
         launches.append((lstm_bwd_step_kernel, (unit_blocks, row_blocks), args))
         after, before = t, size
-    if B:
-        _launch_incoming(steps, dy, dh, dc, incoming)
-        tf32 = uses_tf32(operand, exact=dgates.dtype is torch.float16)
-        launch_each(launches, H=H, P=P, TF32=tf32, **tile)
-    return WalkedBack(dgates, dh_total, partials, exponents)
+    launch_each(launches, H=H, P=P, TF32=tf32, **tile)
 
 
 def _launch_incoming(steps: Steps, dy: torch.Tensor | None, dh: torch.Tensor, dc: torch.Tensor, incoming: torch.Tensor) -> None:
@@ -361,14 +379,3 @@ def _launch_incoming(steps: Steps, dy: torch.Tensor | None, dh: torch.Tensor, dc
         where = (begin, steps.first[begin], steps.sizes[begin], joining, steps.live(joining))
         launches.append((lstm_incoming_kernel, (end - begin + 1,), (dy, dh, dc, incoming, *where)))
     launch_each(launches, H=dc.shape[1], P=dh.shape[1], BLOCK=SCAN, num_warps=4)
-
-
-def record_steps(steps: Steps, walked: WalkedBack, H: int, time_stats: torch.Tensor) -> None:
-    """Adds the sums of a walk to time_stats; steps beyond its size are not recorded, which row 0 shows."""
-    launches, recorded = [], time_stats.shape[0] - 1
-    for begin, end in steps.runs():
-        count = min(end + 1, max(1, recorded)) - begin
-        if count > 0:
-            where = (begin, steps.sizes[begin], walked.partials.shape[1], len(steps.sizes), recorded)
-            launches.append((lstm_time_stats_kernel, (count,), (walked.partials, walked.exponents, time_stats, *where)))
-    launch_each(launches, H=H, BLOCK=32, num_warps=4)

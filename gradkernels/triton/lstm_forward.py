@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gradkernels.library import define
 from gradkernels.triton import lstm_persistent
 from gradkernels.triton.launch import launch_each
 from gradkernels.triton.lstm import gates_forward, load_gates, multiply, store_gates
@@ -96,6 +97,12 @@ def lstm_fwd_project_kernel(
     tl.store(y_ptr + (first + rows)[:, None] * P + outputs[None, :], y.to(y_ptr.dtype.element_ty), mask)
 
 
+define(
+    "lstm_steps_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor(b!) y, "
+    "Tensor(c!) cells, bool reverse, bool tf32) -> ()"
+)
+
+
 def walk_forward(
     steps: Steps,
     gates: torch.Tensor,
@@ -113,8 +120,44 @@ def walk_forward(
     """
     if lstm_persistent.walk_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells):
         return
+    args = (gates, weight_hh, weight_hr, aligned(h0), aligned(c0), y, cells)
+    tf32 = uses_tf32(y.dtype)
+    if steps.batch_sizes is None and steps.B:
+        torch.ops.gradkernels.lstm_steps_fwd(*args, steps.reverse, tf32)
+    else:
+        launch_forward(steps, *args, tf32)
+
+
+def lstm_steps_fwd(
+    gates: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    y: torch.Tensor,
+    cells: torch.Tensor,
+    reverse: bool,
+    tf32: bool,
+) -> None:
+    """The launches of a padded walk. They follow from these arguments' shapes: an op, of which a plan can be made."""
+    steps = Steps.padded(gates.shape[0], h0.shape[0], reverse)
+    launch_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells, tf32)
+
+
+def launch_forward(
+    steps: Steps,
+    gates: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight_hr: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    y: torch.Tensor,
+    cells: torch.Tensor,
+    tf32: bool,
+) -> None:
+    """One launch a step, two with a projection."""
     (B, P), H = h0.shape, c0.shape[1]
-    m, h0, c0 = None if weight_hr is None else y.new_empty(B, H), aligned(h0), aligned(c0)
+    m = None if weight_hr is None else y.new_empty(B, H)
     tile = tile_of(y.dtype, H, P)
     unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
     launches = []
@@ -130,4 +173,4 @@ def walk_forward(
         if m is not None:
             grid = (output_blocks, -(-size // tile["BLOCK_M"]))
             launches.append((lstm_fwd_project_kernel, grid, (m, weight_hr, y, first, size)))
-    launch_each(launches, H=H, P=P, TF32=uses_tf32(y.dtype), **tile)
+    launch_each(launches, H=H, P=P, TF32=tf32, **tile)

@@ -8,9 +8,10 @@ import torch
 
 from gradkernels.ops.layer_norm import widen
 from gradkernels.ops.lstm_layer import rows_of, step_sizes
-from gradkernels.triton.lstm_backward import record_steps, walk_backward
+from gradkernels.triton.lstm_backward import walk_backward
 from gradkernels.triton.lstm_forward import walk_forward
 from gradkernels.triton.lstm_steps import Steps, last_rows, multiply_wide, preactivations, previous_rows
+from gradkernels.triton.lstm_time_stats import record_steps
 from gradkernels.triton.probe import probe_bwd
 
 

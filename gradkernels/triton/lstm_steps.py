@@ -29,6 +29,11 @@ class Steps:
             first.append(first[-1] + size)
         return cls(sizes, first, range(T - 1, -1, -1) if reverse else range(T), B, batch_sizes)
 
+    @classmethod
+    def padded(cls, rows: int, B: int, reverse: bool) -> Steps:
+        """The steps of B rows each, of which there is at least one."""
+        return cls.of([B] * (rows // B), B, reverse)
+
     @property
     def reverse(self) -> bool:
         """Whether the last step is taken first."""

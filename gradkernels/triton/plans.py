@@ -99,7 +99,7 @@ class Recording(TorchDispatchMode):
             sizes.append(POINTER_BYTES if kind.startswith("*") else size_of(kind))
         found += [(LITERAL, 0)] * SCRATCH
         sizes += [POINTER_BYTES] * SCRATCH
-        return found if declared_sizes(compiled) == sizes else None
+        return found if declared_sizes(compiled) == tuple(sizes) else None
 
     def _place(self, t: torch.Tensor, inputs: list) -> tuple[int, int] | None:
         """Which input or allocation the tensor lies in, and how far in; None where that is not one alone."""
@@ -165,15 +165,24 @@ def is_plain(metadata: Any) -> bool:
     return usual and clusters and metadata.shared <= LARGEST_SHARED and not any(getattr(metadata, name, 0) for name in UNUSED)
 
 
-def declared_sizes(compiled: Any) -> list[int] | None:
+def declared_sizes(compiled: Any) -> tuple[int, ...] | None:
     """Bytes of each parameter in their order, as the kernel's assembly declares them."""
-    if "ptx" in compiled.asm:
-        entry = re.search(rf"\.entry\s+{re.escape(compiled.metadata.name)}\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
-        return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z](\d+)\s", entry[1])] if entry else None
-    if "amdgcn" in compiled.asm:
-        kinds = re.findall(r"\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)", compiled.asm["amdgcn"])
-        return [int(size) for size, kind in kinds if not kind.startswith("hidden")]
+    for language, sizes in (("ptx", ptx_sizes), ("amdgcn", amdgcn_sizes)):
+        if language in compiled.asm:
+            return sizes(compiled.asm[language], compiled.metadata.name)
     return None
+
+
+@cache
+def ptx_sizes(text: str, name: str) -> tuple[int, ...] | None:
+    entry = re.search(rf"\.entry\s+{re.escape(name)}\((.*?)\)", text, re.DOTALL)
+    return tuple(int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z](\d+)\s", entry[1])) if entry else None
+
+
+@cache
+def amdgcn_sizes(text: str, name: str) -> tuple[int, ...]:
+    kinds = re.findall(r"\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)", text)
+    return tuple(int(size) for size, kind in kinds if not kind.startswith("hidden"))
 
 
 @cache
