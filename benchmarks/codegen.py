@@ -125,7 +125,7 @@ def loops(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
 def read_nvidia(compiled: Any, elements: int) -> dict[str, Any]:
     """Figures from a cubin; `elements` are a thread's in one turn of the main loop, which is the first with a store.
 
-    Where no loop stores anything, it is the one that multiplies most.
+    Where no loop stores anything, it is the one with most of a product's instructions, or the first.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -134,7 +134,7 @@ def read_nvidia(compiled: Any, elements: int) -> dict[str, Any]:
         instructions, found = loops(tool("nvdisasm", "-c", file.name))
     bodies = [instructions[first : last + 1] for first, last in found]
     storing = [body for body in bodies if any("STG" in text for text in body)]
-    products = lambda body: sum(bool(re.search(r"\b(HMMA|DMMA|FFMA|DFMA)\b", text)) for text in body)  # noqa: E731
+    products = lambda body: sum(bool(re.search(r"\b(HMMA|DMMA|FFMA)\b", text)) for text in body)  # noqa: E731
     main = storing[0] if storing else max(bodies, key=products) if bodies else instructions
     accesses = [text for text in main if re.search(r"\b(LDG|STG|LDGSTS)\b", text)]
     return {

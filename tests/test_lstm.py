@@ -200,13 +200,21 @@ def test_weights_replaced_after_construction():
 
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_autocast(options):
-    """As torch.nn.LSTM on the CPU: outputs in the region's dtype, gradients of weights in theirs."""
+    """As torch.nn.LSTM on the CPU: outputs in the region's dtype, gradients of weights in theirs.
+
+    On a CPU for which oneDNN has no bfloat16 LSTM torch's raises an error; ours is then held to bfloat16's rounding alone.
+    """
     ours, twin = pair(5, 16, **options)
     x = torch.randn(7, 3, 5)
     wide = twin(x)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outputs, expected = ours(x), twin(x)
+        outputs = ours(x)
+        try:
+            expected = twin(x)
+        except RuntimeError as error:
+            assert "could not create a primitive descriptor" in str(error)
+            expected = [t.bfloat16() for t in flat(wide)]
         h, c = gk.LSTMCell(5, 6)(x[0])
     for a, b, w in zip(flat(outputs), flat(expected), flat(wide), strict=True):
         assert a.dtype is torch.bfloat16
