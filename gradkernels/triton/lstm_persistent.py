@@ -26,6 +26,11 @@ def num_programs(y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backwa
     return _C_cuda.walk_programs(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward)
 
 
+def captured(steps: Steps) -> bool:
+    """Whether a CUDA graph is being captured, into which the sizes of packed steps cannot be sent."""
+    return steps.batch_sizes is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def walk_forward(
     steps: Steps,
     gates: torch.Tensor,
@@ -37,7 +42,7 @@ def walk_forward(
     cells: torch.Tensor,
 ) -> bool:
     """Whether it has been done: gates activated, y and cells filled."""
-    if not num_programs(y, weight_hr, c0.shape[1], False, steps.B):
+    if captured(steps) or not num_programs(y, weight_hr, c0.shape[1], False, steps.B):
         return False
     OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse)
     return True
@@ -58,7 +63,7 @@ def walk_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     """(partials, exponents), None without telemetry, if it has been done: dgates filled, dh0 and dc0 in dh and dc."""
     programs, T = num_programs(dgates, weight_hr, c0.shape[1], True, steps.B), len(steps.sizes)
-    if not programs:
+    if captured(steps) or not programs:
         return None
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
