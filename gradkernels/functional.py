@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from gradkernels.library import ArgumentError
+from gradkernels.library import ArgumentError, autocast_region
 from gradkernels.ops.lstm_cell import lstm_cell
 from gradkernels.ops.lstm_layer import lstm_layer
 
@@ -46,7 +46,7 @@ def lstm(
     for name, given in (("stats", stats), ("time_stats", time_stats)):
         if given is not None and len(given) != parts:
             raise ArgumentError(f"lstm: {name} must hold a tensor or None for each of {parts} parts, got {len(given)}")
-    x, h0, c0, *weights = _autocast(x, *hx, *weights)
+    x, h0, c0, *weights = autocast_region(x, *hx, *weights)
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
     h_n, c_n = [], []
@@ -94,7 +94,7 @@ def lstm_steps(
     where it is true both states of that sequence are zero before that step. The rest as for `lstm`, without statistics.
     Raises TypeError or ArgumentError for a reset_mask of another dtype or shape, and what `lstm_cell` raises.
     """
-    x, h0, c0, *weights = _autocast(x, *hx, *weights)
+    x, h0, c0, *weights = autocast_region(x, *hx, *weights)
     if reset_mask is not None and reset_mask.dtype is not torch.bool:
         raise TypeError(f"lstm: reset_mask must be bool, got {reset_mask.dtype}")
     if reset_mask is not None and reset_mask.shape != x.shape[:2]:
@@ -134,12 +134,3 @@ def _weights_of(weights: Sequence[torch.Tensor], part: int, parts: int, bias: bo
     own = list(weights[part * each : (part + 1) * each])
     projection = own.pop() if each in (3, 5) else None
     return [*own, *(() if bias else (None, None)), projection]
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in the dtype of the autocast region around, if there is one; float64 ones as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)

@@ -22,8 +22,9 @@ VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.gra
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
-NORMS_IN_FLOAT32 = frozenset(  # devices on which torch.nn.functional.layer_norm has a rule of its own under torch.autocast
-    device for device, key in AUTOCAST_KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key("aten::layer_norm", key)
+NORMS_IN_FLOAT32, CELLS_IN_REGION = (  # devices on which PyTorch's own op has a rule under torch.autocast
+    frozenset(device for device, key in AUTOCAST_KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+    for op in ("aten::layer_norm", "aten::lstm_cell")
 )
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -138,8 +139,18 @@ def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
     device = x.device.type
     if device not in NORMS_IN_FLOAT32 or not torch.is_autocast_enabled(device):
         return (x, *others)
-    wide = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
-    return tuple(t if wide(t) else t.float() for t in (x, *others))
+    keep = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
+    return tuple(t if keep(t) else t.float() for t in (x, *others))
+
+
+def autocast_region(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in the dtype of the autocast region around, if there is one; float64 and integer ones as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    keep = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
+    return tuple(t if keep(t) else t.to(dtype) for t in tensors)
 
 
 def implementations() -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkernels as gk
-from gradkernels.library import NORMS_IN_FLOAT32
+from gradkernels.library import CELLS_IN_REGION, NORMS_IN_FLOAT32
 from gradkernels.testing import randn
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -38,8 +38,9 @@ def add_layer_norm(x, residual, shape, weight, bias):
 
 
 def test_where_pytorch_has_a_rule():
-    assert "cuda" in NORMS_IN_FLOAT32
-    assert "cpu" not in NORMS_IN_FLOAT32
+    for devices in (NORMS_IN_FLOAT32, CELLS_IN_REGION):
+        assert "cuda" in devices
+        assert "cpu" not in devices
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -98,7 +99,7 @@ def test_numbers(x_dtype, parameter_dtype):
 
 
 @pytest.mark.usefixtures("_rule_on_cpu")
-@pytest.mark.parametrize(("x_dtype", "residual_dtype"), itertools.product((BF16, F32), repeat=2), ids=str)
+@pytest.mark.parametrize(("x_dtype", "residual_dtype"), list(itertools.product((BF16, F32), repeat=2)), ids=str)
 def test_numbers_of_add_layer_norm(x_dtype, residual_dtype):
     """y is float32 and of the sum before new_residual is rounded, where both are 16-bit: closer to the truth than PyTorch's."""
     x, residual, weight = leaf(6, 8, dtype=x_dtype), leaf(6, 8, dtype=residual_dtype), leaf(8, dtype=F32)
@@ -128,3 +129,23 @@ def test_compile(fresh_compiler):
     torch.testing.assert_close(compiled(x, weight), gk.layer_norm(x, (8,), weight))
     assert compiled(x, weight).dtype is F32
     assert not fresh_compiler["graph_break"]
+
+
+@pytest.mark.parametrize("x_dtype", [BF16, F32, F64], ids=str)
+def test_lstm_cell(x_dtype):
+    """With the GPU's rule: all in the region's dtype, gradients in their own; float64 as it is. Without: nothing is cast."""
+    wide = F64 if x_dtype is F64 else F32
+    inputs = [
+        leaf(3, 5, dtype=x_dtype),
+        *(leaf(*sizes, dtype=wide) for sizes in ((3, 4), (3, 4), (16, 5), (16, 4), (16,), (16,))),
+    ]
+    narrow = [t if x_dtype is F64 else t.bfloat16() for t in inputs]
+    with mock.patch("gradkernels.ops.lstm_cell.CELLS_IN_REGION", frozenset(("cpu",))), enabled("cpu"):
+        outputs = gk.lstm_cell(*inputs)
+    for a, b in zip(outputs, gk.lstm_cell(*narrow), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype is (F64 if x_dtype is F64 else BF16)
+    gradients = torch.autograd.grad(outputs, inputs, [torch.ones_like(t).cumsum(1) for t in outputs])
+    assert [t.dtype for t in gradients] == [t.dtype for t in inputs]
+    with enabled("cpu"):
+        assert gk.lstm_cell(*(t.float() for t in inputs))[0].dtype is F32

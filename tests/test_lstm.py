@@ -213,7 +213,8 @@ def test_autocast(options):
         try:
             expected = twin(x)
         except RuntimeError as error:
-            assert "could not create a primitive descriptor" in str(error)
+            if "could not create a primitive descriptor" not in str(error):
+                raise
             expected = [t.bfloat16() for t in flat(wide)]
         h, c = gk.LSTMCell(5, 6)(x[0])
     for a, b, w in zip(flat(outputs), flat(expected), flat(wide), strict=True):

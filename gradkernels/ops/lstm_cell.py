@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
+from gradkernels.library import (
+    CELLS_IN_REGION,
+    ArgumentError,
+    autocast_off,
+    autocast_region,
+    define_autograd,
+    define_composite,
+    define_kernel,
+)
 from gradkernels.ops.layer_norm import widen
 from gradkernels.ops.lstm_layer import check_lstm_weights, step_backward, step_forward
 from gradkernels.telemetry import check_stats, measured
@@ -194,8 +202,11 @@ def lstm_cell(
     weight_ih: (4H, D). weight_hh: (4H, H). bias_ih, bias_hh: (4H,), both or neither.
     stats: statistics tensor (8, cells, 8) for the ports in PORTS, written in backward; dbias is the gradient of either
     bias. None measures nothing.
+    Under torch.autocast("cuda") everything but float64 is cast to the region's dtype, as PyTorch's lstm_cell does.
     Raises TypeError for a dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
     """
+    if x.device.type in CELLS_IN_REGION:
+        x, h, c, weight_ih, weight_hh, bias_ih, bias_hh = autocast_region(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
     if x.dim() != 2 or weight_hh.dim() != 2 or weight_hh.shape[0] != 4 * weight_hh.shape[1]:
         got = f"{tuple(x.shape)} and {tuple(weight_hh.shape)}"
         raise ArgumentError(f"lstm_cell: x and weight_hh must have shapes (B, D) and (4H, H), got {got}")
