@@ -73,14 +73,17 @@ def shape_rows(lines: list[dict]) -> list[str]:
     rows = []
     for (op, dtype), group in ours(lines).items():
         for line in group if op.startswith("lstm") else ():
-            shares = [
-                f"{other['share_of_product']:.2f}" if "share_of_product" in other else "-" for other in (eager[key(line)], line)
-            ]
+            shares = [share_of_product(other) for other in (eager[key(line)], line)]
             rows.append(
                 f"| {op} | {dtype} | {' x '.join(map(str, line['shape']))} | {median(line):.2f} "
                 f"| {median(line, 'ratio_to_telemetry_off'):.3f} | {shares[0]} | {shares[1]} |"
             )
     return rows
+
+
+def share_of_product(line: dict) -> str:
+    """As a figure; none for 16-bit dtypes, in which our LSTM does not compute."""
+    return f"{line['share_of_product']:.2f}" if "share_of_product" in line and line["dtype"] != "bfloat16" else "-"
 
 
 def step_rows(lines: list[dict]) -> list[str]:
