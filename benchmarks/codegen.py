@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton import add_layer_norm, gelu, launch, layer_norm, lstm_cell, lstm_layer, probe, residual
+from gradkernels.triton import KERNELS, add_layer_norm, gelu, launch, layer_norm, lstm_cell, lstm_layer, probe, residual
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -50,6 +50,11 @@ TRITON_TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
 }
+
+# Cases are tensors without memory: what lstm_layer calls for a walk in steps launches on those as well.
+META = torch.library.Library("gradkernels", "IMPL")
+for _op in ("lstm_steps_fwd", "lstm_steps_bwd"):
+    META.impl(_op, KERNELS[_op], "Meta")
 
 
 @dataclass(frozen=True)
