@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import gradkernels as gk
+from gradkernels.library import _C
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((8, 64), (64, 256), (512, 768), (2048, 768), (2048, 3072), (8192, 1024))
@@ -131,8 +132,8 @@ def measure(case: Case) -> Iterator[dict]:
     source = torch.empty(max(1, case.bytes_moved // 2), dtype=torch.uint8)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[int], object]] = {"copy": lambda index: target.copy_(source)}
-    square = torch.randn(PRODUCT, PRODUCT).to(case.dtype)
     if case.flops:
+        square = torch.randn(PRODUCT, PRODUCT).to(case.dtype)
         calls["product"] = lambda index: square @ square
     for name, variant in {**case.variants, "eager again": case.variants[BASE]}.items():
         if name not in wrong:
@@ -186,9 +187,7 @@ def device() -> str:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
-    kernels = gk.implementations()["gelu on cpu"]
-    isa = kernels.removeprefix("C++ (").removesuffix(")") if kernels.startswith("C++") else "no kernels"
-    return f"{name}, {isa}, {torch.get_num_threads()} threads"
+    return f"{name}, {_C.cpu_capability() if _C is not None else 'no kernels'}, {torch.get_num_threads()} threads"
 
 
 def results_file() -> Path:

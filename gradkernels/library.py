@@ -139,8 +139,7 @@ def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
     device = x.device.type
     if device not in NORMS_IN_FLOAT32 or not torch.is_autocast_enabled(device):
         return (x, *others)
-    keep = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
-    return tuple(t if keep(t) else t.float() for t in (x, *others))
+    return _cast(torch.float32, x, *others)
 
 
 def autocast_region(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -148,7 +147,10 @@ def autocast_region(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None,
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    return _cast(torch.get_autocast_dtype(device), *tensors)
+
+
+def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     keep = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
     return tuple(t if keep(t) else t.to(dtype) for t in tensors)
 
