@@ -154,6 +154,23 @@ def time_table() -> list[str]:
     return table
 
 
+def at_once_table() -> list[str]:
+    """What two walks take one after the other on an H100 SXM, and at the same time on half of it each."""
+    (sms, shared), sizes = DEVICES["H100 SXM, H200"], [*SIZES[:-1], (64, 256, 200), (64, 256, 256)]
+    cases = [(size, backward) for size in sizes for backward in (False, True)]
+    parts = ((sms, shared), (sms // 2, shared))
+    found = plans([(B, H, backward, part) for (B, _, H), backward in cases for part in parts])
+    table = ["| (B, H) | walk | alone, blocks | alone, us | half, blocks | half, us | two directions | two layers in 8 spans |"]
+    table.append("|" + "---|" * 8)
+    for k, ((B, _, H), backward) in enumerate(cases):
+        alone, half = found[2 * k : 2 * k + 2]
+        us = [sum(plan[part] for part in PARTS) / GIGAHERTZ / 1000 for plan in (alone, half)]
+        gain = f"{2 * us[0] / us[1]:.2f} | {2 * us[0] / us[1] * 8 / 9:.2f}" if half["programs"] else "- | -"
+        blocks = f"{alone['programs']} | {us[0]:.2f} | {half['programs'] or '-'} | {us[1]:.2f}"
+        table.append(f"| {(B, H)} | {('forward', 'backward')[backward]} | {blocks} | {gain} |")
+    return table
+
+
 def write_table(name: str, table: list[str]) -> None:
     """Puts `table` between its marks in docs/lstm_gpu.md."""
     start, end, text = f"<!-- {name} -->", f"<!-- end of {name} -->", PAGE.read_text()
@@ -179,7 +196,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(line) if chosen.json else " ".join(map(str, line.values())))
     if not (chosen.json or chosen.target):
         RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for name, table in (("kernels", kernel_table(lines)), ("largest", largest_table()), ("times", time_table())):
+        tables = {"kernels": kernel_table(lines), "largest": largest_table(), "times": time_table(), "at once": at_once_table()}
+        for name, table in tables.items():
             write_table(name, table)
     return int(any(line["stack_bytes"] + line["spill_stores"] + line["spill_loads"] for line in lines))
 

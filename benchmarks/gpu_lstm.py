@@ -50,6 +50,8 @@ CASES = (  # where nn.LSTM is slow first; (16, 1024, 768) in float16 is cuDNN's 
     Case(64, 512, 512),
     Case(16, 1024, 128),
     Case(64, 512, 512, packed=True),
+    Case(16, 1024, 256, layers=2),
+    Case(16, 1024, 256, bidirectional=True),
     Case(64, 256, 512, layers=2),
     Case(64, 256, 512, bidirectional=True),
     Case(64, 256, 200),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from gradkernels.library import ArgumentError, autocast_region
+from gradkernels.library import ON_CUDA, ArgumentError, autocast_region
 from gradkernels.ops.lstm_cell import lstm_cell
 from gradkernels.ops.lstm_layer import lstm_layer
 
@@ -49,29 +51,83 @@ def lstm(
     x, h0, c0, *weights = autocast_region(x, *hx, *weights)
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
+    measured = (tuple((None,) * parts if given is None else given) for given in (stats, time_stats))
+    stack = Stack(num_layers, directions, bias, batch_sizes, dropout if training else 0.0, *measured)
+    y, h_n, c_n = _at_once(stack, x, h0, c0, weights) or in_turn(stack, x, h0, c0, weights)
+    return y.transpose(0, 1) if batch_first and batch_sizes is None else y, h_n, c_n
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a call of `lstm` is beside its tensors. A part is a layer in one direction: `directions` of them a layer."""
+
+    num_layers: int
+    directions: int
+    bias: bool
+    batch_sizes: torch.Tensor | None
+    dropout: float  # between layers
+    stats: tuple[torch.Tensor | None, ...]
+    time_stats: tuple[torch.Tensor | None, ...]
+
+    @property
+    def parts(self) -> int:
+        """Layers times directions."""
+        return self.num_layers * self.directions
+
+    @property
+    def scale(self) -> float:
+        """What dropout multiplies the elements by that it keeps."""
+        return 1 / (1 - self.dropout) if self.dropout < 1 else 0.0
+
+    def weights_of(self, weights: Sequence[Any], part: int) -> list[Any]:
+        """What belongs to weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of a part; None where there is none."""
+        each = len(weights) // self.parts
+        own = list(weights[part * each : (part + 1) * each])
+        projection = own.pop() if each in (3, 5) else None
+        return [*own, *(() if self.bias else (None, None)), projection]
+
+
+def in_turn(
+    stack: Stack,
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    drop: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h_n, c_n) of the stack, one `lstm_layer` after the other; x time-major or packed. drop(y, layer): dropout."""
     h_n, c_n = [], []
-    for layer in range(num_layers):
+    for layer in range(stack.num_layers):
         outputs = []
-        for direction in range(directions):
-            part = layer * directions + direction
+        for direction in range(stack.directions):
+            part = layer * stack.directions + direction
             result = lstm_layer(
                 x,
                 h0[part],
                 c0[part],
-                *_weights_of(weights, part, parts, bias),
-                batch_sizes=batch_sizes,
+                *stack.weights_of(weights, part),
+                batch_sizes=stack.batch_sizes,
                 reverse=direction == 1,
-                stats=None if stats is None else stats[part],
-                time_stats=None if time_stats is None else time_stats[part],
+                stats=stack.stats[part],
+                time_stats=stack.time_stats[part],
             )
             for values, value in zip((outputs, h_n, c_n), result, strict=True):
                 values.append(value)
-        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-        if dropout and training and layer < num_layers - 1:
-            x = F.dropout(x, dropout)
-    if batch_first and batch_sizes is None:
-        x = x.transpose(0, 1)
+        x = torch.cat(outputs, -1) if stack.directions == 2 else outputs[0]
+        if stack.dropout and layer < stack.num_layers - 1:
+            x = F.dropout(x, stack.dropout) if drop is None else drop(x, layer)
     return x, torch.stack(h_n), torch.stack(c_n)
+
+
+def _at_once(
+    stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """What in_turn gives, of a GPU that walks through several parts at once; None where it does not."""
+    if stack.parts == 1 or not x.is_cuda or not ON_CUDA or torch.compiler.is_compiling():
+        return None
+    from gradkernels.triton.lstm_stack import side_by_side
+
+    return side_by_side(stack, x, h0, c0, weights)
 
 
 def lstm_steps(
@@ -102,9 +158,10 @@ def lstm_steps(
     keep = None if reset_mask is None else (~reset_mask).to(x.dtype).unsqueeze(-1)
     if batch_first:
         x, keep = x.transpose(0, 1), None if keep is None else keep.transpose(0, 1)
+    stack = Stack(num_layers, 1, bias, None, dropout, (), ())
     h_n, c_n = [], []
     for layer in range(num_layers):
-        own, outputs, state = _weights_of(weights, layer, num_layers, bias)[:4], [], (h0[layer], c0[layer])
+        own, outputs, state = stack.weights_of(weights, layer)[:4], [], (h0[layer], c0[layer])
         for t in range(x.shape[0]):
             if keep is not None:
                 state = (state[0] * keep[t], state[1] * keep[t])
@@ -126,11 +183,3 @@ def _zoned_out(old: torch.Tensor, new: torch.Tensor, probability: float, trainin
     if not training:
         return probability * old + (1 - probability) * new
     return torch.where(torch.rand_like(new) < probability, old, new)
-
-
-def _weights_of(weights: Sequence[torch.Tensor], part: int, parts: int, bias: bool) -> list[torch.Tensor | None]:
-    """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of one part, None where there is none."""
-    each = len(weights) // parts
-    own = list(weights[part * each : (part + 1) * each])
-    projection = own.pop() if each in (3, 5) else None
-    return [*own, *(() if bias else (None, None)), projection]

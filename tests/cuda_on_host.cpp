@@ -108,16 +108,19 @@ int forward(const Request* request, int64_t rows, const uint16_t* weight_hh, con
 
 int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, const uint16_t* dy, const float* c0,
              const float* gates, const float* cells, float* dh, float* dc, uint16_t* dgates, double* partials,
-             int32_t* exponents) {
+             int32_t* exponents, int32_t* carry, int resumes, int pauses) {
   const int64_t H = request->H, state = request->B * H;
   const host::Guarded<const uint16_t> w(weight_hh, 4 * H * H), all_dy(dy, rows * H);
   const host::Guarded<const float> c(c0, state), all_gates(gates, rows * 4 * H), all_cells(cells, rows * H);
   const host::Guarded<float> state_dh(dh, state), state_dc(dc, state);
   const host::Guarded<uint16_t> all_dgates(dgates, rows * 4 * H);
-  Backward p{{}, w, all_dy, c, all_gates, all_cells, state_dh, state_dc, all_dgates, nullptr, nullptr};
+  Backward p{{},       w,          all_dy,  c,       all_gates, all_cells,    state_dh,
+             state_dc, all_dgates, nullptr, nullptr, nullptr,   resumes != 0, pauses != 0};
   Scratch scratch(*request, p.walk, true);
   const Plan& plan = p.walk.plan;
   if (plan.M == 0) return 2;
+  const host::Guarded<int32_t> passed_on(carry, 2 * plan.groups);
+  p.carry = passed_on;
   const host::Guarded<double> sums(partials, request->T * plan.programs() * NUM_SUMS);
   std::vector<int32_t> group_exponents(plan.groups * request->T);
   p.partials = sums;

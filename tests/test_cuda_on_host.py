@@ -98,7 +98,7 @@ class Layer:
         self.exponents = torch.full((T,), -(2**30), dtype=torch.int32) if telemetry else None
         inputs = (self.weight, dy, self.c0, self.gates, self.cells)
         outputs = (self.dh, self.dc, self.dgates, self.partials, self.exponents)
-        return self.body.backward(byref(self.request), c_int64(len(self.x)), *map(pointer, inputs + outputs))
+        return self.body.backward(byref(self.request), c_int64(len(self.x)), *map(pointer, (*inputs, *outputs, None)), 0, 0)
 
 
 def check_forward(layer):

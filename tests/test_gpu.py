@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -198,10 +199,46 @@ def test_lstm(options, packed):
     assert (tables[0][1:41, :2] > 0).all()
 
 
-def test_lstm_compile(fresh_compiler):
+AT_ONCE = {
+    "directions": {"bidirectional": True, "num_layers": 2},
+    "directions, dropout": {"bidirectional": True, "num_layers": 2, "dropout": 0.5, "dtype": torch.bfloat16},
+    "layers": {"num_layers": 3, "dtype": torch.bfloat16},
+    "layers, dropout": {"num_layers": 3, "dropout": 0.5, "dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("options", AT_ONCE)
+def test_lstm_at_once(options):
+    """Parts on streams of their own give what they give one after the other, time after time; statistics too."""
+    torch.manual_seed(0)
+    module = make_lstm(**AT_ONCE[options])
+    x = lstm_input(300, 8, AT_ONCE[options].get("dtype", torch.float32))
+    tables = [getattr(module, f"{name}{part}") for name in ("stats", "time_stats") for part in module.parts]
+
+    def results():
+        torch.manual_seed(1)
+        for table in tables:
+            table.zero_()
+        (y,), gradients = lstm_results(module, x)
+        return [y, *gradients, *(table.clone() for table in tables)]
+
+    found = results()
+    for _ in range(5):
+        assert all(torch.equal(*pair) for pair in zip(found, results(), strict=True))
+    if module.dropout:  # whose random numbers are drawn otherwise
+        return
+    with mock.patch("gradkernels.functional._at_once", return_value=None):
+        expected = results()
+    rounding = torch.finfo(x.dtype).eps
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=8 * rounding, atol=8 * rounding * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=["one", "at once in eager"])
+def test_lstm_compile(fresh_compiler, options):
     """One graph for every length and batch, without breaks; eager's numbers and statistics."""
     torch.manual_seed(0)
-    module = make_lstm()
+    module = make_lstm(**options)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     for T, B in ((20, 8), (33, 9), (17, 40)):
         x = lstm_input(T, B)
@@ -222,11 +259,12 @@ def test_lstm_never_waits(packed):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_lstm_cuda_graph():
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=["one", "at once"])
+def test_lstm_cuda_graph(options):
     """A captured forward and backward, replayed: eager's gradients, and its statistics at each replay."""
     torch.manual_seed(0)
-    module, x = make_lstm(), lstm_input(20, 16)
-    dy = torch.randn(20, 16, 200, device="cuda")
+    module, x = make_lstm(**options), lstm_input(20, 16)
+    dy = torch.randn(20, 16, 200 * (1 + module.bidirectional), device="cuda")
 
     def step():
         return torch.autograd.grad(module(x)[0], list(module.parameters()), dy)

@@ -33,9 +33,10 @@ def test_kernels():
     run_tests("-p", "on_triton", "test_triton_kernels.py", "-W", "ignore")
 
 
-def test_lstm():
-    """tests/test_triton_lstm.py: the LSTM's kernels, interpreted."""
-    run_tests("-p", "on_triton", "test_triton_lstm.py", "-W", "ignore")
+@pytest.mark.parametrize("part", ["lstm", "stack"])
+def test_lstm(part):
+    """tests/test_triton_lstm.py: the LSTM's kernels, interpreted; tests/test_lstm_stack.py: several parts at once."""
+    run_tests("-p", "on_triton", {"lstm": "test_triton_lstm.py", "stack": "test_lstm_stack.py"}[part], "-W", "ignore")
 
 
 @pytest.mark.slow

@@ -207,9 +207,9 @@ def test_persistent_walk(layout, telemetry):
     sizes = None if batch_sizes is None else batch_sizes.tolist()
     rows = 20 if sizes is None else sum(sizes)
 
-    def num_programs(*args):
+    def planned(*args):
         asked.append(args[2:])
-        return 3
+        return 3, 100
 
     def forward(*args):
         seen["forward"] = args
@@ -226,20 +226,20 @@ def test_persistent_walk(layout, telemetry):
     module = "gradkernels.triton.lstm_persistent"
     time_stats = gk.new_time_stats(5) if telemetry else None
     case = layer_case(inputs, batch_sizes, reverse, time_stats=time_stats)
-    with mock.patch(f"{module}.num_programs", num_programs), mock.patch(f"{module}.OPS", ops):
+    with mock.patch(f"{module}.planned", planned), mock.patch(f"{module}.OPS", ops):
         differentiate(case.function, case.inputs, case.dys)
-    gates, weight_hh, h0, c0, y, cells, given, given_reverse = seen["forward"]
+    gates, weight_hh, h0, c0, y, cells, given, given_reverse, _ = seen["forward"]
     shapes = [tuple(t.shape) for t in (gates, weight_hh, h0, c0, y, cells)]
     assert shapes == [(rows, 76), (76, 19), (4, 19), (4, 19), (rows, 19), (rows, 19)]
     assert [t.dtype for t in (gates, weight_hh, h0, c0, y, cells)] == [
         torch.float32 if k in (0, 3, 5) else torch.bfloat16 for k in range(6)
     ]
     assert (given is batch_sizes or given.tolist() == sizes, given_reverse) == (True, reverse)
-    dy, dh, dc, _, _, _, _, dgates, partials, exponents, _, _ = seen["backward"]
+    dy, dh, dc, _, _, _, _, dgates, partials, exponents, *_ = seen["backward"]
     assert [tuple(t.shape) for t in (dy, dh, dc, dgates)] == [(rows, 19), (4, 19), (4, 19), (rows, 76)]
     assert [t.dtype for t in (dy, dh, dc, dgates)] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     assert all(t.is_contiguous() for t in (*seen["forward"][:6], dy, dh, dc, dgates))
-    assert asked == [(19, False, 4), (19, True, 4)]
+    assert asked == [(19, False, 4, 1), (19, True, 4, 1)]
     if telemetry:
         assert (partials.shape, exponents.shape) == ((5, 3, 11), (5,))
         assert time_stats[1, 0].item() == (3**0.5) / 2  # three programs with a sum of 1 each, in a scale of 2

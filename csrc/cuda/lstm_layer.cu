@@ -66,11 +66,12 @@ static int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// How the walk runs on the current device, `device`, or a plan with M = 0 where it does not: the device is too old, W_hh does
-// not fit, or the device itself says that not all blocks would be resident at once, which waiting for each other takes.
-static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward) {
+// How the walk runs on the current device, `device`, as one of `at_once` such walks between which its SMs are divided, or a
+// plan with M = 0 where it does not: the device is too old, W_hh does not fit, or the device itself says that not all blocks
+// would be resident at once, which waiting for each other takes.
+static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward, int64_t at_once) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) return {};
-  const Limits limits{attribute(cudaDevAttrMultiProcessorCount, device),
+  const Limits limits{attribute(cudaDevAttrMultiProcessorCount, device) / static_cast<int>(at_once),
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   const Plan p = plan_walk(B, H, backward, limits);
   if (p.M == 0 || (!p.local && !attribute(cudaDevAttrCooperativeLaunch, device))) return {};
@@ -84,11 +85,13 @@ static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward) 
   return p;
 }
 
-int walk_programs(int device, int64_t B, int64_t H, const std::string& dtype, bool backward) {
-  STD_TORCH_CHECK(dtype == "bfloat16" || dtype == "float16", "walk_programs: dtype must be bfloat16 or float16, got ", dtype);
+std::array<int64_t, 2> walk_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
+                                      int64_t at_once) {
+  STD_TORCH_CHECK(dtype == "bfloat16" || dtype == "float16", "walk_on_device: dtype must be bfloat16 or float16, got ", dtype);
+  STD_TORCH_CHECK(at_once > 0, "walk_on_device: at_once must be positive, got ", at_once);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Plan p = plan_on(device, B, H, dtype == "float16", backward);
-  return p.M == 0 ? 0 : p.programs();
+  const Plan p = plan_on(device, B, H, dtype == "float16", backward, at_once);
+  return {p.M == 0 ? 0 : p.programs(), p.cycles};
 }
 
 std::array<int64_t, 4> walk_plan(int64_t B, int64_t H, bool backward, int sms, int shared_bytes) {
@@ -107,15 +110,16 @@ static void check_tensor(const char* name, const Tensor& t, ScalarType dtype, st
 class Launch {
  public:
   Launch(const Tensor& gates, const Tensor& weight_hh, int64_t B, const OptionalTensor& batch_sizes, bool reverse,
-         bool backward)
+         bool backward, int64_t at_once)
       : guard_(gates.get_device_index()), device_(gates.get_device_index()), backward_(backward) {
     const ScalarType dtype = weight_hh.scalar_type();
     const int64_t H = weight_hh.size(1), rows = gates.size(0);
     STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                     "lstm_walk: weight_hh must be bfloat16 or float16");
     half_ = dtype == ScalarType::Half;
-    const Plan plan = plan_on(device_, B, H, half_, backward);
-    STD_TORCH_CHECK(plan.M != 0, "lstm_walk: B = ", B, ", H = ", H, " does not fit this device: ask walk_programs first");
+    STD_TORCH_CHECK(at_once > 0, "lstm_walk: at_once must be positive, got ", at_once);
+    const Plan plan = plan_on(device_, B, H, half_, backward, at_once);
+    STD_TORCH_CHECK(plan.M != 0, "lstm_walk: B = ", B, ", H = ", H, " does not fit this device: ask walk_on_device first");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -180,7 +184,7 @@ static A* writable(const Tensor& t) {
 }
 
 void lstm_walk_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor y, Tensor cells, OptionalTensor batch_sizes,
-                   bool reverse) {
+                   bool reverse, int64_t at_once) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
   const ScalarType dtype = weight_hh.scalar_type();
   check_tensor("weight_hh", weight_hh, dtype, {4 * H, H});
@@ -189,14 +193,15 @@ void lstm_walk_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor 
   check_tensor("c0", c0, ScalarType::Float, {B, H});
   check_tensor("y", y, dtype, {rows, H});
   check_tensor("cells", cells, ScalarType::Float, {rows, H});
-  Launch launch(gates, weight_hh, B, batch_sizes, reverse, false);
+  Launch launch(gates, weight_hh, B, batch_sizes, reverse, false, at_once);
   launch.run(Forward{launch.walk, pointer<uint16_t>(weight_hh), pointer<uint16_t>(h0), pointer<float>(c0),
                      writable<float>(gates), writable<float>(cells), writable<uint16_t>(y)},
              false);
 }
 
 void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells,
-                   Tensor dgates, OptionalTensor partials, OptionalTensor exponents, OptionalTensor batch_sizes, bool reverse) {
+                   Tensor dgates, OptionalTensor partials, OptionalTensor exponents, OptionalTensor carry, bool resumes,
+                   bool pauses, OptionalTensor batch_sizes, bool reverse, int64_t at_once) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
   const ScalarType dtype = weight_hh.scalar_type();
   check_tensor("weight_hh", weight_hh, dtype, {4 * H, H});
@@ -207,9 +212,11 @@ void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Te
   check_tensor("dc", dc, ScalarType::Float, {B, H});
   check_tensor("dgates", dgates, dtype, {rows, 4 * H});
   if (dy) check_tensor("dy", *dy, dtype, {rows, H});
-  Launch launch(gates, weight_hh, B, batch_sizes, reverse, true);
+  Launch launch(gates, weight_hh, B, batch_sizes, reverse, true, at_once);
   const int64_t T = launch.walk.T, programs = launch.walk.plan.programs(), groups = launch.walk.plan.groups;
   STD_TORCH_CHECK(partials.has_value() == exponents.has_value(), "lstm_walk: partials and exponents must be given together");
+  STD_TORCH_CHECK(carry ? !batch_sizes : !resumes && !pauses, "lstm_walk: spans must be padded, and have a carry");
+  if (carry) check_tensor("carry", *carry, ScalarType::Int, {programs, 2});
   Backward p{launch.walk,
              pointer<uint16_t>(weight_hh),
              dy ? pointer<uint16_t>(*dy) : nullptr,
@@ -220,7 +227,10 @@ void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Te
              writable<float>(dc),
              writable<uint16_t>(dgates),
              nullptr,
-             nullptr};
+             nullptr,
+             carry ? writable<int32_t>(*carry) : nullptr,
+             resumes,
+             pauses};
   if (!partials) return launch.run(p, false);
   check_tensor("partials", *partials, ScalarType::Double, {T, programs, NUM_SUMS});
   check_tensor("exponents", *exponents, ScalarType::Int, {T});
@@ -238,10 +248,11 @@ void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Te
 STABLE_TORCH_LIBRARY_FRAGMENT(gradkernels, m) {
   m.def(
       "lstm_walk_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor(b!) y, Tensor(c!) cells, "
-      "Tensor? batch_sizes, bool reverse) -> ()");
+      "Tensor? batch_sizes, bool reverse, int at_once) -> ()");
   m.def(
       "lstm_walk_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells, "
-      "Tensor(c!) dgates, Tensor(d!)? partials, Tensor(e!)? exponents, Tensor? batch_sizes, bool reverse) -> ()");
+      "Tensor(c!) dgates, Tensor(d!)? partials, Tensor(e!)? exponents, Tensor(f!)? carry, bool resumes, bool pauses, "
+      "Tensor? batch_sizes, bool reverse, int at_once) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) {

@@ -8,8 +8,10 @@
 
 namespace gk {
 
-// The number of blocks that walk_fwd or walk_bwd would run as on this device, or 0 where it would not run.
-int walk_programs(int device, int64_t B, int64_t H, const std::string& dtype, bool backward);
+// (blocks, predicted cycles of a step) of walk_fwd or walk_bwd on this device, as one of `at_once` such walks between which its
+// multiprocessors are divided. No blocks where it would not run.
+std::array<int64_t, 2> walk_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
+                                      int64_t at_once);
 
 // (programs, units and batch rows of a block, its shared memory in bytes) on a device of `sms` multiprocessors whose blocks may
 // have `shared_bytes`: what the launcher would plan there.

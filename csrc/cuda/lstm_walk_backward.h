@@ -20,6 +20,10 @@ struct Backward {
   uint16_t* dgates;
   double* partials;    // (T, programs, NUM_SUMS); null without telemetry
   int32_t* exponents;  // (groups, T) of each step's scale; null without telemetry
+  // A walk may be cut into spans of steps of B rows, a launch each. (groups, 2): the exponent of the scale in which dh and dc
+  // pass from one to the next, and the code of the largest magnitude, so that bits are those of one walk.
+  int32_t* carry;
+  bool resumes, pauses;  // dh and dc are so passed on entry, on return
 };
 
 // Largest magnitudes from 2^(MIDDLE - SPAN) to 2^(MIDDLE + SPAN) are left as they are, others are brought to 2^MIDDLE. A
@@ -151,6 +155,18 @@ struct BackwardCells {
     return largest;
   }
 
+  // What comes from the step after lies where the product would have left it.
+  GK_DEVICE void resume(const Backward& p, const Place& place, float* sums) const {
+    const Plan& plan = p.walk.plan;
+    GK_UNROLL
+    for (int i = 0; i < CELLS; ++i) {
+      const Cell cell(p.walk, place, i, true);
+      for (int k = 0; cell.there && k < plan.k_warps; ++k) {
+        sums[k * (plan.sum_bytes / (4 * plan.k_warps)) + cell.sums] = k == 0 ? dh[i] : 0.0f;
+      }
+    }
+  }
+
   // A row leaves the walk: what it carries is the gradient of its initial state.
   GK_DEVICE void leave(const Backward& p, const Cell& cell, int i, float before, float back) const {
     p.dh[cell.row * p.walk.H + cell.unit] = before * back;
@@ -249,15 +265,20 @@ GK_DEVICE void walk_backward(const Backward& p) {
     cells.dy_next[i] = 0;
   }
   Step step = step_back_at(0), next = step_back_at(1);
-  int64_t live = 0;
+  int64_t live = p.resumes ? step.rows : 0;
   Scale scale;
   uint32_t largest, incoming;
   cells.load_dy(p, place, step);
-  const uint32_t first = cells.incoming(p, place, step, 0);
+  const uint32_t first = cells.incoming(p, place, step, live);
   meeting.arrive(0, first, first);
   cells.load_dy(p, place, next);
   cells.load(p, place, step, next);
   meeting.wait(0, largest, incoming);
+  if (p.resumes) {
+    scale.exponent = p.carry[2 * place.group];
+    largest = static_cast<uint32_t>(p.carry[2 * place.group + 1]);
+    cells.resume(p, place, memory.sums);
+  }
 
   for (int64_t n = 0; n < w.T; ++n) {
     const int64_t t = w.reverse ? n : w.T - 1 - n;
@@ -283,10 +304,15 @@ GK_DEVICE void walk_backward(const Backward& p) {
   weights.template multiply<LOCAL>(plan, place, exchange(w.T + 1), memory.sums);
   device::sync();
   if (TELEMETRY) store_sums(p, w.reverse ? w.T - 1 : 0, memory.head);
+  if (p.pauses && device::thread() == 0 && place.slice == 0) {
+    p.carry[2 * place.group] = scale.exponent;
+    p.carry[2 * place.group + 1] = static_cast<int32_t>(largest);
+  }
+  const float back = p.pauses ? 1.0f : scale.back;
   GK_UNROLL
   for (int i = 0; i < CELLS; ++i) {
     const Cell cell(w, place, i, true);
-    if (cell.there && cell.row < live) cells.leave(p, cell, i, sum_at(plan, memory.sums, cell, 0), scale.back);
+    if (cell.there && cell.row < live) cells.leave(p, cell, i, sum_at(plan, memory.sums, cell, 0), back);
   }
 }
 

@@ -10,6 +10,7 @@ step t owns the next batch_sizes[t] rows, of the batch's first sequences. `rever
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -332,7 +333,10 @@ def check_lstm_weights(op: str, x: torch.Tensor, tensors: dict[str, tuple[torch.
             raise ArgumentError(f"{op}: {name} must be on x's device, {x.device}, got {tensor.device}")
 
 
-def _check(x: torch.Tensor, h0: Any, c0: Any, weights: tuple, batch_sizes: torch.Tensor | None) -> None:
+def check_layer(
+    x: torch.Tensor, h0: Any, c0: Any, weights: Sequence, batch_sizes: torch.Tensor | None, stats: Any, time_stats: Any
+) -> None:
+    """Raises what `lstm_layer` raises."""
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
@@ -359,6 +363,10 @@ def _check(x: torch.Tensor, h0: Any, c0: Any, weights: tuple, batch_sizes: torch
         "weight_hr": (weight_hr, (P, H)),
     }
     check_lstm_weights("lstm_layer", x, shapes)
+    if stats is not None:
+        check_stats("lstm_layer", stats, x, PORTS)
+    if time_stats is not None:
+        check_time_stats("lstm_layer", time_stats, x)
 
 
 def lstm_layer(
@@ -386,11 +394,7 @@ def lstm_layer(
     Returns y: (T, B, P) or (rows, P), h_n: (B, P), c_n: (B, H), in x's dtype. Both states are carried in float32 (float64).
     Raises TypeError for a dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
     """
-    _check(x, h0, c0, (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), batch_sizes)
-    if stats is not None:
-        check_stats("lstm_layer", stats, x, PORTS)
-    if time_stats is not None:
-        check_time_stats("lstm_layer", time_stats, x)
+    check_layer(x, h0, c0, (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), batch_sizes, stats, time_stats)
     args = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, stats, time_stats)
     with autocast_off(x):
         return _lstm_layer_op(*args)

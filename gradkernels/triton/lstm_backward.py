@@ -251,13 +251,16 @@ def walk_backward(
     gates: torch.Tensor,
     cells: torch.Tensor,
     telemetry: bool,
+    at_once: int = 1,
 ) -> WalkedBack:
     """The dG of all rows. dh (B, P), dc (B, H): dh_n, dc_n on entry, dh0, dc0 on return, in float32 (float64) like c0.
 
-    dy (rows, P) and the weights are in x's dtype. In one launch where a persistent kernel takes the case.
+    dy (rows, P) and the weights are in x's dtype. In one launch where a persistent kernel takes the case,
+    beside `at_once` - 1 others like it.
     """
     dgates = weight_hh.new_empty(gates.shape)
-    if walked := lstm_persistent.walk_backward(steps, dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, telemetry):
+    args = (dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, telemetry)
+    if walked := lstm_persistent.walk_backward(steps, *args, at_once):
         return WalkedBack(dgates, None, *walked)
     return _walk_in_steps(steps, dy, dh, dc, weight_hh, weight_hr, aligned(c0), gates, cells, dgates, telemetry)
 

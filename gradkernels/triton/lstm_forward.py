@@ -112,13 +112,14 @@ def walk_forward(
     c0: torch.Tensor,
     y: torch.Tensor,
     cells: torch.Tensor,
+    at_once: int = 1,
 ) -> None:
     """Fills y (rows, P) and cells (rows, H), and activates gates (rows, 4H), on entry the preactivations of x with biases.
 
     h0 (B, P) and y, the weights too, are in x's dtype: a step's h is rounded to it before the next. c0, cells and gates are
-    float32 (float64). In one launch where a persistent kernel takes the case.
+    float32 (float64). In one launch where a persistent kernel takes the case, beside `at_once` - 1 others like it.
     """
-    if lstm_persistent.walk_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells):
+    if lstm_persistent.walk_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells, at_once):
         return
     args = (gates, weight_hh, weight_hr, aligned(h0), aligned(c0), y, cells)
     tf32 = uses_tf32(y.dtype)

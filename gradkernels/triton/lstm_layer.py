@@ -8,7 +8,7 @@ import torch
 
 from gradkernels.ops.layer_norm import widen
 from gradkernels.ops.lstm_layer import rows_of, step_sizes
-from gradkernels.triton.lstm_backward import walk_backward
+from gradkernels.triton.lstm_backward import WalkedBack, walk_backward
 from gradkernels.triton.lstm_forward import walk_forward
 from gradkernels.triton.lstm_steps import Steps, last_rows, multiply_wide, preactivations, previous_rows
 from gradkernels.triton.lstm_time_stats import record_steps
@@ -80,20 +80,41 @@ def lstm_layer_bwd(
     walked = walk_backward(
         steps, rows_dy, dh, dc, weight_hh, weight_hr, widen(c0).contiguous(), gates, cells, time_stats is not None
     )
-    dg = walked.dgates
-    dx = torch.mm(dg, weight_ih).view(x.shape) if inputs else x.new_empty(0)
-    dweight_ih, dweight_hh, dbias, dweight_hr = (x.new_empty(0) for _ in range(4))
+    dx = torch.mm(walked.dgates, weight_ih).view(x.shape) if inputs else None
+    of_weights = (None,) * 4
     if weights:
-        dweight_ih = multiply_wide(dg.t(), rows).to(dtype)
-        dweight_hh = multiply_wide(dg.t(), previous_rows(steps, rows_of(y), h0)).to(dtype)
-        dbias = dg.sum(0) if bias_ih is not None else dbias
-        if weight_hr is not None:
-            m = (gates[:, 3 * H :] * cells.tanh()).to(dtype)
-            dweight_hr = multiply_wide(walked.dh_total.t(), m).to(dtype)
+        of_weights = weight_gradients(steps, walked, rows, rows_of(y), h0, gates, cells, bias_ih is not None)
     if time_stats is not None:
         record_steps(steps, walked, H, time_stats)
-    there = (dy is not None, inputs, *(weights and w is not None for w in (weight_ih, weight_hh, bias_ih, weight_hr)))
-    for port, gradient in enumerate((dy, dx, dweight_ih, dweight_hh, dbias, dweight_hr)):
-        if stats is not None and there[port]:
+    if stats is not None:
+        record(stats, dy, dx, *of_weights)
+    dx, *of_weights = (x.new_empty(0) if d is None else d for d in (dx, *of_weights))
+    return dx, dh.to(dtype), dc.to(dtype), *of_weights
+
+
+def weight_gradients(
+    steps: Steps,
+    walked: WalkedBack,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    h0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    bias: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """dweight_ih, dweight_hh, dbias, dweight_hr of a walk: products over the rows of all steps. None without such a weight."""
+    dg, dtype = walked.dgates, x.dtype
+    dweight_ih = multiply_wide(dg.t(), x).to(dtype)
+    dweight_hh = multiply_wide(dg.t(), previous_rows(steps, y, h0)).to(dtype)
+    dbias, dweight_hr = dg.sum(0) if bias else None, None
+    if walked.dh_total is not None:
+        m = (gates[:, -cells.shape[1] :] * cells.tanh()).to(dtype)
+        dweight_hr = multiply_wide(walked.dh_total.t(), m).to(dtype)
+    return dweight_ih, dweight_hh, dbias, dweight_hr
+
+
+def record(stats: torch.Tensor, *gradients: torch.Tensor | None) -> None:
+    """Adds the statistics of each gradient that is there to its row, in the order of PORTS."""
+    for port, gradient in enumerate(gradients):
+        if gradient is not None:
             probe_bwd(gradient, stats, port)
-    return dx, dh.to(dtype), dc.to(dtype), dweight_ih, dweight_hh, dbias, dweight_hr

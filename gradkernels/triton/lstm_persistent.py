@@ -19,11 +19,16 @@ except ModuleNotFoundError:  # built without CUDA; an extension that does not lo
 OPS = torch.ops.gradkernels  # lstm_walk_fwd and lstm_walk_bwd are defined by _C_cuda
 
 
-def num_programs(y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int) -> int:
-    """Programs of the persistent walk over tensors like `y`; 0 where there is none, or they do not fit on the device."""
+def planned(
+    y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int, at_once: int = 1
+) -> tuple[int, int]:
+    """(programs, predicted cycles of a step) of the persistent walk over tensors like `y`, as one of `at_once` such walks
+    between which the device is divided. (0, 0) where there is no such kernel, or it does not fit.
+    """
     if _C_cuda is None or weight_hr is not None or not y.is_cuda or y.dtype not in (torch.bfloat16, torch.float16) or not B:
-        return 0
-    return _C_cuda.walk_programs(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward)
+        return 0, 0
+    dtype = str(y.dtype).removeprefix("torch.")
+    return tuple(_C_cuda.walk_on_device(y.device.index, B, H, dtype, backward, at_once))
 
 
 def captured(steps: Steps) -> bool:
@@ -40,11 +45,12 @@ def walk_forward(
     c0: torch.Tensor,
     y: torch.Tensor,
     cells: torch.Tensor,
+    at_once: int,
 ) -> bool:
     """Whether it has been done: gates activated, y and cells filled."""
-    if captured(steps) or not num_programs(y, weight_hr, c0.shape[1], False, steps.B):
+    if captured(steps) or not planned(y, weight_hr, c0.shape[1], False, steps.B, at_once)[0]:
         return False
-    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse)
+    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
     return True
 
 
@@ -60,13 +66,36 @@ def walk_backward(
     cells: torch.Tensor,
     dgates: torch.Tensor,
     telemetry: bool,
+    at_once: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     """(partials, exponents), None without telemetry, if it has been done: dgates filled, dh0 and dc0 in dh and dc."""
-    programs, T = num_programs(dgates, weight_hr, c0.shape[1], True, steps.B), len(steps.sizes)
+    (programs, _), T = planned(dgates, weight_hr, c0.shape[1], True, steps.B, at_once), len(steps.sizes)
     if captured(steps) or not programs:
         return None
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
-    outputs = (dgates, partials, exponents, steps.batch_sizes, steps.reverse)
-    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs)
+    outputs, order = (dgates, partials, exponents), (steps.batch_sizes, steps.reverse)
+    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs, None, False, False, *order, at_once)
     return partials, exponents
+
+
+def walk_span_back(
+    dy: torch.Tensor | None,
+    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    weight_hh: torch.Tensor,
+    c0: torch.Tensor,
+    gates: torch.Tensor,
+    cells: torch.Tensor,
+    outputs: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    resumes: bool,
+    pauses: bool,
+    at_once: int,
+) -> None:
+    """walk_backward through some steps, with those after it walked before: where persistent kernels take the case.
+
+    state: dh, dc, and the carry (programs, 2) int32 with which they pass from span to span. outputs: dgates, partials,
+    exponents. `resumes`: not the last span of the sequence; `pauses`: not the first. All but the state of these steps alone;
+    bits are those of one walk.
+    """
+    dh, dc, carry = state
+    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs, carry, resumes, pauses, None, False, at_once)

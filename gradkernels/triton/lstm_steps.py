@@ -112,16 +112,20 @@ def aligned(t: torch.Tensor) -> torch.Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def multiply_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def multiply_wide(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a b, added up and given back in float32 (float64). PyTorch has that for 16-bit dtypes on GPUs alone."""
     if a.dtype.itemsize > 2:
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
-def preactivations(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def preactivations(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """x weight^T + bias in float32 (float64); bias is in that already."""
     if bias is not None and x.dtype is bias.dtype:
-        return torch.addmm(bias, x, weight.t())
-    product = multiply_wide(x, weight.t())
+        return torch.addmm(bias, x, weight.t(), out=out)
+    product = multiply_wide(x, weight.t(), out)
     return product if bias is None else product.add_(bias)

@@ -1,0 +1,269 @@
+"""A stack of LSTM layers on a GPU, its walks side by side: one autograd node above the layers' kernels.
+
+The two directions of a layer know nothing of each other: each walks on a stream of its own. Layers of one direction follow
+one another in spans of time: while a layer walks through one, the layer above walks through the one before. Persistent walks
+are then planned for half of the device each. None waits for another one to be resident, so that where the driver does not run
+two at once it runs them in turn. Numbers and statistics are those of one layer after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.autograd import Function, forward_ad
+
+from gradkernels.functional import Stack, in_turn
+from gradkernels.library import autocast_off
+from gradkernels.ops.layer_norm import widen
+from gradkernels.ops.lstm_layer import check_layer, rows_of, step_sizes
+from gradkernels.triton.lanes import Lanes
+from gradkernels.triton.lstm import NUM_SUMS
+from gradkernels.triton.lstm_backward import WalkedBack
+from gradkernels.triton.lstm_layer import record
+from gradkernels.triton.lstm_parts import Call, Part
+from gradkernels.triton.lstm_persistent import planned
+from gradkernels.triton.lstm_steps import Steps, last_rows
+from gradkernels.triton.lstm_time_stats import record_steps
+
+SPAN = 128  # steps at least: beside them it is little that every launch loads W_hh anew
+MOST_SPANS = 8
+
+
+def side_by_side(
+    stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """What functional.in_turn gives, of CUDA tensors. None where that has to do it: because nothing would walk at once, or
+    because PyTorch traces or transforms what runs.
+    """
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, h0, c0, *weights))
+    if transformed or not plain or torch.jit.is_tracing():
+        return None
+    for index in range(stack.parts):
+        of_layer = x if index < stack.directions else x.new_empty(1).expand(*x.shape[:-1], h0.shape[-1] * stack.directions)
+        own, measured = stack.weights_of(weights, index), (stack.stats[index], stack.time_stats[index])
+        check_layer(of_layer, h0[index], c0[index], own, stack.batch_sizes, *measured)
+    schedules = [schedule_of(stack, x, h0, stack.weights_of(weights, 0), backward) for backward in (False, True)]
+    if stack.directions == 1 and all(len(schedule.spans) == 1 for schedule in schedules):
+        return None
+    return _SideBySide.apply(stack, schedules, x, h0, c0, *weights)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a pass goes through a stack: the spans of time, (begin, end), in which layers follow one another, one of all steps
+    where they do not walk at once; and the number of persistent walks between which the device is divided.
+    """
+
+    spans: list[tuple[int, int]]
+    at_once: int
+
+
+def schedule_of(
+    stack: Stack, x: torch.Tensor, h0: torch.Tensor, weights: list[torch.Tensor | None], backward: bool
+) -> Schedule:
+    """Two walks at once, each on half of the device, where that is predicted to take less time than one after the other."""
+    T, L = len(x) if stack.batch_sizes is None else len(stack.batch_sizes), stack.num_layers
+    _, weight_hh, _, _, weight_hr = weights
+    case = (x, weight_hr, weight_hh.shape[1], backward, h0.shape[1])
+    (_, alone), (programs, beside) = planned(*case), planned(*case, at_once=2)
+    count = min(MOST_SPANS, T // SPAN) if programs and stack.batch_sizes is None and stack.directions == 1 else 1
+    if count < 2 or (count + L - 1) * beside >= count * L * alone:
+        count = 1
+    halves = count > 1 or (stack.directions == 2 and programs and beside < 2 * alone)
+    return Schedule(list(pairwise(T * k // count for k in range(count + 1))), 2 if halves else 1)
+
+
+def call_of(stack: Stack, schedule: Schedule, tensors: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> Call:
+    """The call of tensors = (x, h0, c0, *weights), with what `saved_for` has made room for."""
+    x, h0, c0, *weights = tensors
+    outputs, others = saved[: 3 * stack.parts], saved[3 * stack.parts :]
+    masks, inputs = (others[: stack.num_layers - 1], others[stack.num_layers - 1 :]) if stack.dropout else ((), others)
+    sizes, rows, parts = step_sizes(x, h0[0], stack.batch_sizes), rows_of(x), []
+    for index in range(stack.parts):
+        layer, direction = divmod(index, stack.directions)
+        if layer and not direction:
+            rows = inputs[layer - 1] if inputs else parts[-1].y
+        steps = Steps.of(sizes, h0.shape[1], direction == 1, stack.batch_sizes)
+        y, gates, cells = outputs[3 * index : 3 * index + 3]
+        own = stack.weights_of(weights, index)
+        parts.append(Part(steps, own, rows, h0[index], c0[index], rows_of(y), gates, cells, schedule.at_once))
+    return Call(stack, schedule.spans, parts, list(masks))
+
+
+def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor) -> list[torch.Tensor]:
+    """Room for (y, gates, cells) of each part; dropout's masks; the inputs of layers above the first, unless they are y."""
+    num_rows, P, H, wide = rows_of(x).shape[0], h0.shape[2], c0.shape[2], widen(c0[:0]).dtype
+    shapes = (((*x.shape[:-1], P), x.dtype), ((num_rows, 4 * H), wide), ((num_rows, H), wide))
+    saved = [x.new_empty(shape, dtype=dtype) for _ in range(stack.parts) for shape, dtype in shapes]
+    between, columns = range(stack.num_layers - 1), P * stack.directions
+    if stack.dropout:
+        saved += [x.new_empty(num_rows, columns, dtype=torch.bool).bernoulli_(1 - stack.dropout) for _ in between]
+    if stack.dropout or stack.directions == 2:
+        saved += [x.new_empty(num_rows, columns) for _ in between]
+    return saved
+
+
+def walk_up(call: Call) -> None:
+    """The forward pass of all parts."""
+    directions = call.stack.directions
+    with Lanes(call.parts[0].x.device, len(call.parts)) as lanes:
+        for span in call.spans:
+            after = []
+            for layer in range(call.stack.num_layers):
+                first, parts = layer * directions, call.layer(layer)
+                if layer and parts[0].x is not call.parts[first - 1].y:
+                    after = [lanes.run(first, partial(call.join, layer, *span), after)]
+                after = [lanes.run(first + k, partial(part.walk, *span), after) for k, part in enumerate(parts)]
+
+
+def walk_down(call: Call, active: list[int], of_weights: list[bool]) -> None:
+    """The backward pass of the parts in `active`, for which `prepare` has been called."""
+    directions = call.stack.directions
+    with Lanes(call.parts[0].x.device, len(call.parts)) as lanes:
+        for span in reversed(call.spans):
+            done = {}
+            for index in reversed(active):
+                above = range((index // directions + 1) * directions, (index // directions + 2) * directions)
+                after = [done[other] for other in above if other in done]
+                done[index] = lanes.run(index, partial(call.walk_back, index, *span), after)
+        for index in active:
+            if of_weights[index]:
+                lanes.run(index, call.parts[index].multiply)
+    for part in call.parts:
+        walked = () if part.walked is None else (part.walked.dgates, part.walked.partials, part.walked.exponents)
+        lanes.hand_over(*walked, *part.of_weights)
+
+
+def prepare(
+    call: Call, index: int, dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, inputs: bool
+) -> None:
+    """Makes room for what the walk back of a part receives and leaves; the parts of the layer above come first."""
+    (layer, direction), part = divmod(index, call.stack.directions), call.parts[index]
+    (rows, P), dtype, above = part.y.shape, part.cells.dtype, call.layer(layer + 1)
+    if above:
+        part.dy = above[0].dx if part.y is above[0].x else part.y.new_empty(rows, P)
+    elif dy is not None:
+        part.dy = rows_of(dy)[:, direction * P : (direction + 1) * P].contiguous()
+    part.dx = part.x.new_empty(part.x.shape) if inputs else None
+    part.state = tuple(
+        torch.zeros_like(s, dtype=dtype, memory_format=torch.contiguous_format)
+        if d is None
+        else d[index].to(dtype, memory_format=torch.contiguous_format, copy=True)
+        for d, s in ((dh_n, part.h0), (dc_n, part.c0))
+    )
+    if len(call.spans) == 1:
+        return
+    programs, _ = planned(part.y, None, part.c0.shape[1], True, part.steps.B, part.at_once)
+    T, new = len(part.steps.sizes), part.cells.new_zeros
+    part.state = (*part.state, new(programs, 2, dtype=torch.int32))
+    sums = (None, None)
+    if call.stack.time_stats[index] is not None:
+        sums = new(T, programs, NUM_SUMS.value, dtype=torch.float64), new(T, dtype=torch.int32)
+    part.walked = WalkedBack(part.y.new_empty(part.gates.shape), None, *sums)
+
+
+def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> None:
+    """The backward pass, and what is measured in it. `grads`: of y, h_n and c_n.
+
+    `needs`: which of (x, h0, c0, *weights) want a gradient. Parts that none of them needs are not walked through.
+    """
+    stack, every = call.stack, any(needs[:3])
+    of_weights = [any(stack.weights_of(needs[3:], index)) for index in range(stack.parts)]
+    lowest = 0 if every else of_weights.index(True) // stack.directions
+    active = [k for k in range(stack.parts) if every or of_weights[k] or k // stack.directions > lowest]
+    for index in reversed(active):
+        prepare(call, index, *grads, needs[0] or index // stack.directions > lowest)
+    walk_down(call, active, of_weights)
+    for index in active:
+        part, stats, time_stats = call.parts[index], stack.stats[index], stack.time_stats[index]
+        if time_stats is not None:
+            record_steps(part.steps, part.walked, part.c0.shape[1], time_stats)
+        if stats is not None:
+            record(stats, part.dy, part.dx, *part.of_weights)
+
+
+@contextmanager
+def below(x: torch.Tensor) -> Iterator[None]:
+    """Below autograd and autocast, where ops are kernels."""
+    with autocast_off(x), torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+class _SideBySide(Function):
+    """Of a whole call: saves its inputs, y, gates and cells of all parts, and what dropout keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Stack, schedules: list[Schedule], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = tensors[0]
+        with below(x):
+            saved = saved_for(stack, *tensors[:3])
+            call = call_of(stack, schedules[0], tensors, saved)
+            walk_up(call)
+            ys = saved[3 * (stack.parts - stack.directions) : 3 * stack.parts : 3]
+            y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+            h_n = torch.stack([last_rows(part.steps, part.y) for part in call.parts])
+            c_n = torch.stack([last_rows(part.steps, part.cells) for part in call.parts]).to(x.dtype)
+        ctx.stack, ctx.schedule = stack, schedules[1]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *saved)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        needs, stack = ctx.needs_input_grad[2:], ctx.stack
+        if all(grad is None for grad in grads):
+            return (None,) * (2 + len(needs))
+        everything = ctx.saved_tensors
+        tensors, saved = everything[: len(needs)], everything[len(needs) :]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return None, None, *differentiable_gradients(stack, tensors, saved, grads, needs)
+        with below(tensors[0]):
+            call = call_of(stack, ctx.schedule, tensors, saved)
+            go_back(call, grads, needs)
+            found = collect(call, tensors)
+        return None, None, *(d if need else None for d, need in zip(found, needs, strict=True))
+
+
+def collect(call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The gradients of (x, h0, c0, *weights) out of the parts."""
+    x, first = tensors[0], call.layer(0)
+    dx = None if first[0].dx is None else sum((part.dx for part in first[1:]), first[0].dx).view(x.shape)
+    found = [dx, None, None]
+    if all(part.state for part in call.parts):
+        found[1:] = (torch.stack([part.state[k] for part in call.parts]).to(x.dtype) for k in (0, 1))
+    for part in call.parts:
+        dweight_ih, dweight_hh, dbias, dweight_hr = part.of_weights
+        given = zip((dweight_ih, dweight_hh, dbias, dbias, dweight_hr), part.weights, strict=True)
+        found += [d for d, weight in given if weight is not None]
+    return found
+
+
+def differentiable_gradients(
+    stack: Stack,
+    tensors: Sequence[torch.Tensor],
+    saved: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """The same through one layer after the other, whose nodes can be differentiated once more."""
+    x, h0, c0, *weights = tensors
+    masks = saved[3 * stack.parts :]
+    again = torch.is_grad_enabled()
+
+    def drop(y: torch.Tensor, layer: int) -> torch.Tensor:
+        return y * masks[layer].view(y.shape) * stack.scale
+
+    with torch.enable_grad():
+        outputs = in_turn(stack, x, h0, c0, weights, drop)
+        used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+        outputs, given = zip(*used, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,316 @@
+"""Layers and directions that walk at once, against one after the other.
+
+test_triton.py runs this file in a process of its own, on the interpreted kernels. Lanes are no streams here: their works are
+done in orders drawn by chance among those that the lanes and what each work waits for allow.
+"""
+
+import random
+import sys
+from ctypes import POINTER, byref, c_int64
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import pytest
+import test_cuda_on_host as host
+import torch
+from test_cuda_on_host import body  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gradkernels as gk
+from gradkernels.functional import Stack, in_turn
+from gradkernels.testing import randn
+
+if "on_triton" in sys.modules:
+    from gradkernels.triton.lstm_stack import schedule_of, side_by_side
+
+pytestmark = pytest.mark.skipif("on_triton" not in sys.modules, reason="run by test_triton.py in a process of its own")
+MODULE = "gradkernels.triton.lstm_stack"
+
+
+class Shuffled:
+    """Lanes whose works are done at the end. depth: of each call, the works that wait for one another, at most."""
+
+    seed, depth = 0, []
+
+    def __init__(self, device, count):
+        self.works, self.last = [], [None] * count
+
+    def __enter__(self):
+        return self
+
+    def run(self, lane, work, after=()):
+        before = {*after, *({self.last[lane]} - {None})}
+        self.works.append((work, before, 1 + max((self.works[k][2] for k in before), default=0)))
+        self.last[lane] = len(self.works) - 1
+        return self.last[lane]
+
+    def __exit__(self, *raised):
+        Shuffled.depth.append(max(depth for _, _, depth in self.works))
+        draw, todo, done = random.Random(Shuffled.seed), set(range(len(self.works))), set()
+        while todo:
+            chosen = draw.choice([k for k in sorted(todo) if self.works[k][1] <= done])
+            self.works[chosen][0]()
+            todo.remove(chosen)
+            done.add(chosen)
+
+    def hand_over(self, *tensors):
+        pass
+
+
+@pytest.fixture
+def shuffled():
+    Shuffled.seed, Shuffled.depth = 0, []
+    with mock.patch(f"{MODULE}.Lanes", Shuffled):
+        yield Shuffled
+
+
+def stack_of(T, B, D, H, layers=2, directions=2, P=0, bias=True, sizes=None, dropout=0.0, dtype=torch.bfloat16, measured=False):
+    """(a Stack, with statistics for every part where `measured`; its tensors, which all require gradients)."""
+    torch.manual_seed(0)
+    parts, rows = layers * directions, T * B if sizes is None else sum(sizes)
+    x = randn(T, B, D, dtype=dtype) if sizes is None else randn(rows, D, dtype=dtype)
+    weights = []
+    for part in range(parts):
+        inputs = D if part < directions else directions * (P or H)
+        shapes = [(4 * H, inputs), (4 * H, P or H), *([(4 * H,)] * 2 if bias else []), *([(P, H)] if P else [])]
+        weights += [(H**-0.5 * randn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
+    tensors = [x, 0.5 * randn(parts, B, P or H, dtype=dtype), 0.5 * randn(parts, B, H, dtype=dtype), *weights]
+    batch_sizes = None if sizes is None else torch.tensor(sizes)
+    stats = tuple(gk.new_stats(6) if measured else None for _ in range(parts))
+    time_stats = tuple(gk.new_time_stats(T) if measured else None for _ in range(parts))
+    stack = Stack(layers, directions, bias, batch_sizes, dropout, stats, time_stats)
+    return stack, [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def results(run, stack, tensors, grads=None, wanted=None):
+    """(outputs, gradients, statistics) of a call and its backward; statistics are zeroed before."""
+    measured = [table for table in (*stack.stats, *stack.time_stats) if table is not None]
+    for table in measured:
+        table.zero_()
+    outputs = run(stack, *tensors[:3], tensors[3:])
+    grads = [torch.randn_like(y, generator=None) for y in outputs] if grads is None else grads
+    used = [(y, d) for y, d in zip(outputs, grads, strict=True) if d is not None]
+    wanted = tensors if wanted is None else wanted
+    found = torch.autograd.grad([y for y, _ in used], wanted, [d for _, d in used])
+    return outputs, found, [table.clone() for table in measured], grads
+
+
+def both(stack, tensors, drop=None, **more):
+    """`results` of walks at once and of one after the other."""
+    at_once = results(side_by_side, stack, tensors, **more)
+    more["grads"] = at_once[3]
+    return at_once, results(lambda *args: in_turn(*args, drop), stack, tensors, **more)
+
+
+def check(at_once, in_turn):
+    """The same bits."""
+    for ours, theirs in zip(at_once[:3], in_turn[:3], strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+class OnHost:
+    """The ops of csrc/cuda, whose body runs on the host as in test_cuda_on_host.py: padded walks from the first step on."""
+
+    def __init__(self, library):
+        self.library, self.walks, self.sms = library, 0, host.H100[0]
+
+    def request(self, rows, B, weight_hh, batch_sizes, reverse, at_once):
+        half, sizes = weight_hh.dtype is torch.float16, None
+        T = rows // B if batch_sizes is None else len(batch_sizes)
+        if batch_sizes is not None:
+            self.offsets = np.concatenate([[0], np.cumsum(batch_sizes.numpy())]).astype(np.int64)
+            sizes = self.offsets.ctypes.data_as(POINTER(c_int64))
+        request = host.Request(T, B, weight_hh.shape[1], sizes, reverse, half, self.sms // at_once, host.H100[1])
+        request.seed, request.silent_block, request.patience_seconds = 1, -1, 120.0
+        self.walks += 1
+        return byref(request), c_int64(rows)
+
+    def lstm_walk_fwd(self, gates, weight_hh, h0, c0, y, cells, *order):
+        tensors = (weight_hh, h0, c0, gates, cells, y)
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        request = self.request(len(gates), len(h0), weight_hh, *order)
+        assert self.library.forward(*request, *map(host.pointer, tensors)) == host.DONE
+
+    def lstm_walk_bwd(self, dy, dh, dc, weight_hh, c0, gates, cells, dgates, partials, exponents, carry, *last):
+        tensors = (weight_hh, dy, c0, gates, cells, dh, dc, dgates, partials, exponents, carry)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+        request = self.request(len(gates), len(dh), weight_hh, *last[2:])
+        assert self.library.backward(*request, *map(host.pointer, tensors), *last[:2]) == host.DONE
+
+    def planned(self, y, weight_hr, H, backward, B, at_once=1):
+        if y.dtype not in host.DTYPES or weight_hr is not None:
+            return 0, 0
+        request = host.Request(B=B, H=H, sms=self.sms // at_once, shared_bytes=host.H100[1])
+        plan = host.plan_of(self.library, request, backward)
+        return plan["programs"], plan["cycles"]
+
+
+@pytest.fixture
+def on_host(body):  # noqa: F811
+    walks, persistent = OnHost(body), "gradkernels.triton.lstm_persistent"
+    with (
+        mock.patch(f"{persistent}.OPS", walks),
+        mock.patch(f"{persistent}.planned", walks.planned),
+        mock.patch(f"{MODULE}.planned", walks.planned),
+        mock.patch(f"{MODULE}.SPAN", 4),
+    ):
+        yield walks
+
+
+LAYOUTS = {
+    "padded": {},
+    "one layer": {"layers": 1},
+    "no bias": {"bias": False},
+    "packed": {"sizes": [3, 2, 1]},
+    "in steps": {"dtype": torch.float32},
+    "in steps, projected, packed": {"dtype": torch.float32, "sizes": [3, 2, 1], "P": 3},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_directions(shuffled, on_host, layout):
+    """Whatever the order, y, both states and all gradients have the bits of one part after the other."""
+    stack, tensors = stack_of(**{"T": 3, "B": 3, "D": 6, "H": 7} | LAYOUTS[layout])
+    at_once, in_order = both(stack, tensors)
+    check(at_once, in_order)
+    shuffled.seed = 1
+    check(results(side_by_side, stack, tensors, grads=at_once[3]), in_order)
+    assert shuffled.depth[0] == 2 * stack.num_layers - 1  # a layer's directions, and what joins them
+    assert (on_host.walks == 0) == ("in steps" in layout)
+
+
+@pytest.mark.parametrize("sizes", [None, [3, 2, 1]], ids=["padded", "packed"])
+def test_statistics(shuffled, on_host, sizes):
+    """All tables of all parts, of both kinds."""
+    stack, tensors = stack_of(3, 3, 6, 7, sizes=sizes, measured=True)
+    at_once, in_order = both(stack, tensors)
+    check(at_once, in_order)
+    assert all(table.any() for table in at_once[2])
+
+
+def test_dropout(shuffled, on_host):
+    """The same elements are dropped in both passes, and as many as were asked for."""
+    stack, tensors = stack_of(3, 3, 6, 7, layers=3, dropout=0.25)
+    masks = []
+    at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
+    check(at_once, results(lambda *args: in_turn(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3]))
+    kept = torch.cat([mask.flatten() for mask in masks]).float().mean()
+    assert 0.6 < kept < 0.9
+
+
+def dropping(masks, stack):
+    """in_turn's dropout of what `masks` do not hold."""
+    return lambda y, layer: (y * masks[layer].view(y.shape)) * stack.scale
+
+
+def keep(masks, stack, *args):
+    """side_by_side; what dropout keeps goes into `masks`."""
+    outputs = side_by_side(*args)
+    saved = outputs[0].grad_fn.saved_tensors[3 + len(args[-1]) + 3 * stack.parts :]
+    masks[:] = saved[: stack.num_layers - 1]
+    return outputs
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,)], ids=str)
+def test_one_output_used(shuffled, on_host, used):
+    stack, tensors = stack_of(3, 3, 6, 7)
+    outputs = in_turn(stack, *tensors[:3], tensors[3:])
+    grads = [torch.randn_like(y) if k in used else None for k, y in enumerate(outputs)]
+    check(*both(stack, tensors, grads=grads, wanted=tensors[:3]))
+
+
+FROZEN = {"all but the top": (slice(-8, None), 2), "x and states": (slice(3, None), 0), "one direction": (slice(7, None), 1)}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen(shuffled, on_host, frozen):
+    """A part below all that wants a gradient neither walks back nor measures."""
+    stack, tensors = stack_of(3, 3, 6, 7, measured=True)
+    trained, still = tensors[FROZEN[frozen][0]], FROZEN[frozen][1]
+    for tensor in tensors:
+        tensor.requires_grad_(any(tensor is other for other in trained))
+    at_once, in_order = both(stack, tensors, wanted=trained)
+    check(at_once, in_order)
+    assert [bool(table.any()) for table in stack.time_stats].count(False) == still
+
+
+def test_differentiated_twice(shuffled):
+    """The gradient of a gradient is that of one layer after the other; dropout drops the same."""
+    stack, tensors = stack_of(3, 2, 3, 3, dtype=torch.float64, dropout=0.25)
+    masks, found = [], []
+    torch.manual_seed(1)
+    for run in (partial(keep, masks, stack), lambda *args: in_turn(*args, dropping(masks, stack))):
+        y, h_n, _ = run(stack, *tensors[:3], tensors[3:])
+        first = torch.autograd.grad((y.square().sum(), h_n.sum()), tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(d.square().sum() for d in first), tensors))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_mistakes(shuffled):
+    stack, tensors = stack_of(3, 2, 3, 3)
+    for index, wrong in ((0, (3, 2, 4)), (2, (4, 3, 3)), (3 + 8, (12, 3))):
+        given = [*tensors[:index], torch.randn(wrong, dtype=torch.bfloat16), *tensors[index + 1 :]]
+        with pytest.raises(gk.ArgumentError) as ours:
+            side_by_side(stack, *given[:3], given[3:])
+        with pytest.raises(gk.ArgumentError) as theirs:
+            in_turn(stack, *given[:3], given[3:])
+        assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "H"),
+    [(torch.bfloat16, 0.0, 16), (torch.float16, 0.25, 16), (torch.bfloat16, 0.0, 132)],
+    ids=["", "dropout", "grid"],
+)
+def test_layers_in_spans(shuffled, on_host, dtype, dropout, H):
+    """Layers that follow one another give what they give in turn; only the input products have other shapes."""
+    T, layers = 13, 3
+    measured = dtype is torch.bfloat16 and not dropout and H == 16
+    stack, tensors = stack_of(T, 9, 5, H, layers, 1, dropout=dropout, dtype=dtype, measured=measured)
+    masks = []
+    at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
+    assert on_host.walks == 2 * 3 * layers  # both ways, three spans
+    again = results(side_by_side, stack, tensors, grads=at_once[3]) if not dropout else at_once
+    check(at_once, again)
+    in_order = results(lambda *args: in_turn(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3])
+    for ours, theirs in zip(at_once[:3], in_order[:3], strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+    works = 2 if dropout else 1  # a span, of the layers above the first: what joins them, and the walk
+    assert shuffled.depth[0] == 1 + works * (layers - 1 + 3 - 1)  # spans and layers, not their product
+    assert shuffled.depth[1] == layers + 3 - 1 + 1  # and the weights' gradients
+
+
+def test_schedules(on_host):
+    """Layers walk at once where two fit and there are enough steps; directions always, on half of the device if that pays."""
+
+    def schedules(T, H, sms=132, **options):
+        on_host.sms = sms
+        stack, tensors = stack_of(T, 2, 3, H, **options)
+        found = (schedule_of(stack, *tensors[:2], stack.weights_of(tensors[3:], 0), way) for way in (False, True))
+        return [(len(schedule.spans), schedule.at_once) for schedule in found]
+
+    assert schedules(13, 16, directions=1) == [(3, 2), (3, 2)]
+    assert schedules(50, 200, directions=1) == [(8, 2), (8, 2)]
+    assert schedules(13, 200, directions=1, layers=9) == [(3, 2), (3, 2)]
+    for more in ({"T": 3}, {"T": 7}, {"P": 5}, {"sizes": [2] * 13}, {"dtype": torch.float32}):
+        assert schedules(**{"T": 13, "H": 16, "directions": 1} | more) == [(1, 1), (1, 1)], more
+    assert schedules(50, 200, sms=13, directions=1) == [(1, 1), (8, 2)]  # forward 25 blocks of 8 units, or 13 of 16
+    assert schedules(13, 200) == schedules(13, 200, sizes=[2] * 13) == [(1, 2), (1, 2)]
+    assert schedules(13, 200, dtype=torch.float32) == [(1, 1), (1, 1)]
+
+
+def test_traced_and_transformed(shuffled, on_host):
+    """Nothing of it where PyTorch traces or transforms: then the ops, one after the other, are what it sees."""
+    stack, tensors = stack_of(3, 2, 3, 3)
+    arguments = (tensors[0], tensors[1], tensors[2], tensors[3:])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(tensor) for tensor in tensors]
+        assert side_by_side(stack, *fake[:3], fake[3:]) is None
+    seen = []
+    torch.func.vmap(lambda x: seen.append(side_by_side(stack, x, *arguments[1:])) or x.sum())(tensors[0].expand(2, -1, -1, -1))
+    assert seen == [None]
+    assert side_by_side(stack, *arguments) is not None
