@@ -4,6 +4,7 @@ test_triton.py runs this file in a process of its own, on the interpreted kernel
 done in orders drawn by chance among those that the lanes and what each work waits for allow.
 """
 
+import contextlib
 import random
 import sys
 from ctypes import POINTER, byref, c_int64
@@ -22,6 +23,7 @@ from gradkernels.functional import Stack, in_turn
 from gradkernels.testing import randn
 
 if "on_triton" in sys.modules:
+    from gradkernels.triton.lanes import Lanes
     from gradkernels.triton.lstm_stack import schedule_of, side_by_side
 
 pytestmark = pytest.mark.skipif("on_triton" not in sys.modules, reason="run by test_triton.py in a process of its own")
@@ -314,3 +316,51 @@ def test_traced_and_transformed(shuffled, on_host):
     torch.func.vmap(lambda x: seen.append(side_by_side(stack, x, *arguments[1:])) or x.sum())(tensors[0].expand(2, -1, -1, -1))
     assert seen == [None]
     assert side_by_side(stack, *arguments) is not None
+
+
+class FakeStream:
+    """A stream that writes down what is asked of it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} records")
+        return f"event {len(self.log)}"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lanes(fails):
+    """Every lane begins after the current stream, which goes on after every lane, also where a work raises."""
+    log = []
+    current = FakeStream("current", log)
+
+    @contextlib.contextmanager
+    def entered(stream):
+        log.append(f"{stream.name} is current")
+        yield
+        log.append(f"{stream.name} is not current")
+
+    def work():
+        log.append("works")
+        if fails:
+            raise RuntimeError("no memory")
+
+    with (
+        mock.patch("torch.cuda.Stream", side_effect=[FakeStream(name, log) for name in "ab"]),
+        mock.patch("torch.cuda.current_stream", return_value=current),
+        mock.patch("torch.cuda.stream", entered),
+        pytest.raises(RuntimeError, match="no memory") if fails else contextlib.nullcontext(),
+        Lanes(torch.device("cuda", 0), 2) as lanes,
+    ):
+        event = lanes.run(0, lambda: log.append("works"))
+        lanes.run(1, work, [event])
+    begin = ["a waits for current", "b waits for current", "a is current", "works", "a is not current", "a records"]
+    inside = ["b waits for event 6", "b is current", "works", *([] if fails else ["b is not current", "b records"])]
+    assert log == [*begin, *inside, "current waits for a", "current waits for b"]
