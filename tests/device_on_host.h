@@ -9,10 +9,8 @@
 
 #include <math.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -27,27 +25,32 @@
 
 #include "../csrc/cuda/device.h"
 #include "../csrc/cuda/lstm_plan.h"
+#include "fibers_on_host.h"
 
 namespace gk::host {
 
 struct GivenUp {};
 
-// A tensor moved to where nothing may be touched behind its end, and back where it came from.
+// A tensor moved to where nothing may be touched behind its end (nor, where AddressSanitizer looks, before its begin), and back
+// where it came from. One that is not aligned to 16 bytes stays so.
 template <typename A>
 class Guarded {
  public:
   Guarded(A* source, int64_t count) : source_(source), bytes_(source ? count * sizeof(A) : 0) {
     if (!source) return;
-    const size_t page = sysconf(_SC_PAGESIZE), pages = (bytes_ + page - 1) / page * page;
+    const size_t page = sysconf(_SC_PAGESIZE), off = reinterpret_cast<uintptr_t>(source) % 16;
+    const size_t pages = (bytes_ + off + page - 1) / page * page;
     size_ = pages + page;
     base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(base_ + pages, page, PROT_NONE);
-    data_ = reinterpret_cast<A*>(base_ + pages - bytes_);
+    data_ = reinterpret_cast<A*>(base_ + pages - bytes_ - off);
+    forbid(base_, pages - bytes_ - off);
     memcpy(const_cast<std::remove_const_t<A>*>(data_), source, bytes_);
   }
   ~Guarded() {
     if (!source_) return;
     if constexpr (!std::is_const_v<A>) memcpy(source_, data_, bytes_);
+    allow(base_, size_);
     munmap(base_, size_);
   }
   Guarded(const Guarded&) = delete;
@@ -70,15 +73,20 @@ struct Launch {
   std::atomic<bool> failed{false};
 };
 
+// What is to order nothing, for a test of ThreadSanitizer itself.
+enum class Order { NONE, SYNC, PUBLISH, ACQUIRE };
+inline Order forgotten = Order::NONE;
+
 enum class State { RUNNING, AT_WARP, AT_BLOCK, DONE };
 
 struct Block;
 inline thread_local Block* current = nullptr;
 
 struct Fiber {
-  jmp_buf where;
-  bool started = false;
+  Strand strand;
   State state = State::RUNNING;
+  unsigned meetings = 0;              // of its block
+  std::vector<const void*> peeked{};  // flags, since it last acquired
 };
 
 // What the lanes of a warp lay on the table when they meet.
@@ -88,7 +96,7 @@ struct Table {
 };
 
 struct Block {
-  static constexpr size_t STACK = 128 << 10;
+  static constexpr size_t STACK = 256 << 10;
   Launch& launch;
   const std::function<void()>& kernel;
   int index, running = 0;
@@ -97,7 +105,8 @@ struct Block {
   std::vector<std::chrono::steady_clock::time_point> waiting_since{THREADS};
   std::unique_ptr<Words[]> shared;
   char* stacks;
-  jmp_buf scheduler;
+  Strand scheduler;
+  char meeting[2];  // places that order what is before and after the block meets, in turns
   std::mt19937 random;
 
   Block(Launch& launch, const std::function<void()>& kernel, int index)
@@ -111,36 +120,40 @@ struct Block {
 
   // Back to the scheduler, until it is this fiber's turn again.
   void leave(State state) {
+    const Untracked untracked;
     Fiber& fiber = fibers[running];
     fiber.state = state;
-    if (_setjmp(fiber.where) == 0) _longjmp(scheduler, 1);
+    const void* place = &meeting[fiber.meetings % 2];
+    if (state == State::AT_BLOCK) ordered_before(place);
+    fiber.strand.change_to(scheduler);
     if (launch.failed) throw GivenUp{};
+    if (state != State::AT_BLOCK) return;
+    ++fiber.meetings;
+    if (forgotten != Order::SYNC) ordered_after(place);
   }
 
   static void begin() {
     Block& block = *current;
+    Strand& strand = block.fibers[block.running].strand;
+    strand.entered();
     try {
       block.kernel();
     } catch (const GivenUp&) {
       block.launch.failed = true;
     }
-    block.fibers[block.running].state = State::DONE;
-    _longjmp(block.scheduler, 1);
+    {
+      const Untracked untracked;
+      block.fibers[block.running].state = State::DONE;
+    }
+    strand.change_to(block.scheduler, true);
   }
 
   void resume(int thread) {
     running = thread;
-    Fiber& fiber = fibers[thread];
-    if (_setjmp(scheduler) != 0) return;
-    if (fiber.started) _longjmp(fiber.where, 1);
-    fiber.started = true;
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks + STACK * thread;
-    context.uc_stack.ss_size = STACK;
-    context.uc_link = nullptr;
-    makecontext(&context, begin, 0);
-    setcontext(&context);
+    Strand& strand = fibers[thread].strand;
+    if (!strand.prepared()) strand.prepare(stacks + STACK * thread, STACK, begin);
+    scheduler.change_to(strand);
+    if (fibers[thread].state == State::DONE) strand.forget();
   }
 
   // The state that all fibers of [begin, begin + count) are in, or RUNNING where they differ.
@@ -152,6 +165,7 @@ struct Block {
   }
 
   void run() {
+    const Untracked untracked;
     current = this;
     std::vector<int> order(THREADS);
     std::iota(order.begin(), order.end(), 0);
@@ -181,6 +195,7 @@ struct Block {
   }
 
   void dawdle() {
+    const Untracked untracked;
     if (launch.dawdling && random() % launch.dawdling == 0) usleep(random() % 400);
   }
 };
@@ -202,6 +217,7 @@ inline bool run(Launch& launch, const std::function<void()>& kernel) {
 // the second, by the caller, so that nobody clears it away too early.
 template <typename Lay>
 Table& meet(const Lay& lay) {
+  const Untracked untracked;
   Block& block = *current;
   Table& table = block.tables[block.running / 32];
   lay(table, block.running % 32);
@@ -212,6 +228,7 @@ Table& meet(const Lay& lay) {
 // The value of all lanes, combined by `combine`.
 template <typename A, typename Combine>
 A all_lanes(A v, Combine combine) {
+  const Untracked untracked;
   const Table& table = meet([&](Table& t, int lane) { memcpy(&t.value[lane], &v, sizeof(v)); });
   A result, other;
   memcpy(&result, &table.value[0], sizeof(v));
@@ -226,6 +243,7 @@ A all_lanes(A v, Combine combine) {
 // The product from its fragments, element by element as PTX defines them.
 template <typename T>
 void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const Untracked untracked;
   const Table& table = meet([&](Table& t, int lane) {
     memcpy(t.a[lane], a, sizeof(a));
     t.b[lane][0] = b0;
@@ -260,6 +278,7 @@ inline uint32_t warp_add(uint32_t v) {
 }
 template <typename A>
 A shuffle_xor(A v, int mask) {
+  const host::Untracked untracked;
   const host::Table& table = host::meet([&](host::Table& t, int lane) { memcpy(&t.value[lane], &v, sizeof(v)); });
   A result;
   memcpy(&result, &table.value[thread() % 32 ^ mask], sizeof(v));
@@ -275,14 +294,32 @@ inline void mma(Half, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 inline Words load_foreign(const Words* p) { return *p; }
 inline void publish(uint64_t* flag, uint64_t value) {
   host::current->dawdle();
-  if (host::current->index != host::current->launch.silent_block) __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+  if (host::current->index == host::current->launch.silent_block) return;
+  if (host::forgotten == host::Order::PUBLISH) {
+    __atomic_store_n(flag, value, __ATOMIC_RELAXED);
+  } else {
+    __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+  }
 }
-inline uint64_t peek(const uint64_t* flag) { return __atomic_load_n(flag, __ATOMIC_RELAXED); }
+inline uint64_t peek(const uint64_t* flag) {
+  const host::Untracked untracked;
+  auto& peeked = host::current->fibers[thread()].peeked;
+  if (peeked.empty() || peeked.back() != flag) peeked.push_back(flag);
+  return __atomic_load_n(flag, __ATOMIC_RELAXED);
+}
+// A fence is unknown to ThreadSanitizer: it is told that what this thread has peeked at is acquired.
 inline void acquire() {
-  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  const host::Untracked untracked;
+  std::atomic_thread_fence(std::memory_order_acquire);
+  auto& peeked = host::current->fibers[thread()].peeked;
+  for (const void* flag : peeked) {
+    if (host::forgotten != host::Order::ACQUIRE) host::ordered_after(flag);
+  }
+  peeked.clear();
   host::current->dawdle();
 }
 inline bool impatient(uint32_t polls) {
+  const host::Untracked untracked;
   host::Block& block = *host::current;
   const auto now = std::chrono::steady_clock::now();
   if (polls == 0) block.waiting_since[block.running] = now;
