@@ -124,12 +124,12 @@ int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, co
   const host::Guarded<double> sums(partials, request->T * plan.programs() * NUM_SUMS);
   std::vector<int32_t> group_exponents(plan.groups * request->T);
   p.partials = sums;
-  p.exponents = group_exponents.data();
+  p.exponents = plan.groups > 1 ? group_exponents.data() : exponents;
   const bool telemetry = partials != nullptr;
   const auto run = request->half ? (telemetry ? run_backward<Half, true> : run_backward<Half, false>)
                                  : (telemetry ? run_backward<Bfloat16, true> : run_backward<Bfloat16, false>);
   if (!run(scratch, p)) return 1;
-  for (int64_t t = 0; telemetry && t < request->T; ++t) {
+  for (int64_t t = 0; telemetry && plan.groups > 1 && t < request->T; ++t) {
     for (int program = 0; program < plan.programs(); ++program) align_sums(p, t, program, exponents);
   }
   return 0;
