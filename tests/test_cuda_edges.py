@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from test_cuda_on_host import DONE, DTYPES, Layer, body, check_backward, check_forward, gradients, pytestmark, walk_back
+from test_cuda_on_host import (
+    DONE,
+    DTYPES,
+    Layer,
+    body,
+    check_backward,
+    check_forward,
+    gradients,
+    norm_of,
+    pytestmark,
+    walk_back,
+)
 
 from gradkernels.ops.lstm_layer import step_forward
 
@@ -88,6 +99,100 @@ def test_dh_far_above_dc(body):
     assert layer.backward(None, dh_n, 0 * dc_n) == DONE
     dh0 = walk_back(layer)[4]  # float32's 1 - tanh(c)^2 leaves dc few digits
     assert ((layer.dh - dh0).abs() <= 4 * torch.finfo(torch.float16).eps * dh0.abs().max()).all()
+
+
+def any_states(layer):
+    """Gates and cells that no forward walk has left, so that a large W_hh makes gradients grow."""
+    layer.gates = 0.3 + 0.4 * torch.rand(len(layer.x), 4 * layer.H)
+    layer.cells = torch.randn(len(layer.x), layer.H)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_growth(body, dtype):
+    """What grows at every step is scaled down: float16's exchange stays finite where the result is."""
+    layer = Layer(body, 3, 20, [3] * 12, dtype, gain=30.0)
+    any_states(layer)
+    assert layer.backward(*gradients(layer, dy=False)) == DONE
+    assert walk_back(layer)[1][0].abs().max() > 1e6
+    assert layer.dh.isfinite().all()
+    check_backward(layer)
+
+
+def test_growth_beyond_float32_beside_zeros(body):
+    layer = Layer(body, 3, 20, [3] * 20, gain=30.0)
+    any_states(layer)
+    _, dh_n, dc_n = gradients(layer, 1e30)
+    dh_n[1] = dc_n[1] = 0
+    assert layer.backward(None, dh_n, dc_n) == DONE
+    assert not layer.dh[[0, 2]].isfinite().any()
+    assert layer.dh[1].eq(0).all()
+    assert layer.dgates.view(20, 3, -1)[:, 1].eq(0).all()
+
+
+def dc_alone(body, steps, dtype=torch.bfloat16):
+    """A layer whose W_hh is 0 and whose gates are halves: what is carried is dc, times f."""
+    layer = Layer(body, 3, 20, [3] * steps, dtype, gain=0.0)
+    layer.gates, layer.cells = torch.full_like(layer.x, 0.5), torch.randn(3 * steps, 20)
+    return layer, layer.gates.view(steps, 3, 4, 20)[:, :, 1]
+
+
+# dtype, power of two of dc_n, whether a dy of 1.5 comes to the second step: exponents in the order of the walk.
+EXPONENTS = [
+    (torch.bfloat16, 20, False, [0, 0, 0, 0]),
+    (torch.bfloat16, -20, False, [0, 0, 0, 0]),
+    (torch.bfloat16, 40, False, [-40, -40, -40, -40]),
+    (torch.bfloat16, -40, False, [40, 40, 40, 40]),
+    (torch.bfloat16, -40, True, [40, 32, 32, 32]),
+    (torch.float16, 2, False, [0, 0, 0, 0]),
+    (torch.float16, 20, False, [-16, -16, -16, -16]),
+    (torch.float16, -20, False, [24, 24, 24, 24]),
+    (torch.float16, -20, True, [24, 7, 7, 7]),
+]
+
+
+@pytest.mark.parametrize(("dtype", "power", "comes", "exponents"), EXPONENTS)
+def test_scales(body, dtype, power, comes, exponents):
+    """bfloat16 is scaled beyond 2^32 either way only, float16's largest magnitude is kept between 2 and 256."""
+    layer, f = dc_alone(body, 4, dtype)
+    f.fill_(1.0)
+    dy, zero = torch.zeros(12, 20, dtype=dtype), torch.zeros(3, 20)
+    dy[6:9] = 1.5 * comes
+    assert layer.backward(dy, zero, zero + 1.5 * 2.0**power) == DONE
+    assert layer.exponents.flip(0).tolist() == exponents
+    check_backward(layer)
+
+
+def test_down_to_subnormals_in_one_step(body):
+    """No factor is infinite, however far the largest magnitude falls."""
+    layer, f = dc_alone(body, 3)
+    f[2] = 1e-39
+    zero = torch.zeros(3, 20)
+    assert layer.backward(None, zero, zero + 1.5) == DONE
+    assert layer.dc.isfinite().all()
+    check_backward(layer)
+
+
+def test_a_small_gradient_after_a_large_one_that_ended(body):
+    """Where nothing is carried on, the next step's scale is its own."""
+    layer, f = dc_alone(body, 4)
+    f.zero_()
+    dy, zero = torch.zeros(12, 20), torch.zeros(3, 20)
+    dy[9:], dy[:3] = 1e30, 1e-30
+    assert layer.backward(dy.to(layer.dtype), zero, zero) == DONE
+    check_backward(layer)
+
+
+def test_a_small_dy_beside_smaller_gradients(body):
+    """A dy that float32 hardly holds is not lost in the scale of what has come back through time, which is far smaller."""
+    layer = Layer(body, 3, 20, [3] * 40, gain=0.05)
+    layer.x.view(-1, 4, 20)[:, 1] -= 8.0
+    check_forward(layer)
+    dy, dh_n, dc_n = gradients(layer, 1e-25)
+    dy.zero_()
+    dy.view(40, 3, 20)[4] = 1e-39
+    assert layer.backward(dy, dh_n, dc_n) == DONE
+    assert 0 < norm_of(walk_back(layer)[3][4]) < 1e-50
+    check_backward(layer)
 
 
 @pytest.mark.parametrize("H", [20, 33, 132])
