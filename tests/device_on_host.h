@@ -2,9 +2,9 @@
 // which change places where a warp or the block meets, in an order that is drawn anew each time. Blocks truly run side by side.
 //
 // What would be wrong on a device is found out: a result that needs a barrier which is missing (the order is random, and blocks
-// dawdle at random before they publish and while they wait), threads that do not meet at the same point, reads out of shared
-// memory that nobody wrote (it starts as NaN), access behind the end of a tensor (a fault), and waiting for somebody who never
-// comes.
+// dawdle at random before and after they publish, and when they have waited), threads that do not meet at the same point, reads
+// out of shared memory that nobody wrote (it starts as NaN), access behind the end of a tensor (a fault), and waiting for
+// somebody who never comes.
 #pragma once
 
 #include <math.h>
@@ -69,7 +69,7 @@ struct Launch {
   unsigned seed = 1;
   double patience_seconds = 60;
   int silent_block = -1;  // never publishes
-  int dawdling = 0;       // one publication in so many is late; 0: none
+  int dawdling = 0;       // one time in so many a block is late to publish, or to go on after it; 0: never
   std::atomic<bool> failed{false};
 };
 
@@ -300,6 +300,7 @@ inline void publish(uint64_t* flag, uint64_t value) {
   } else {
     __atomic_store_n(flag, value, __ATOMIC_RELEASE);
   }
+  host::current->dawdle();
 }
 inline uint64_t peek(const uint64_t* flag) {
   const host::Untracked untracked;

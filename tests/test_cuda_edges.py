@@ -101,6 +101,23 @@ def test_dh_far_above_dc(body):
     assert ((layer.dh - dh0).abs() <= 4 * torch.finfo(torch.float16).eps * dh0.abs().max()).all()
 
 
+def test_one_scale_whoever_is_late(body):
+    """A block that is late to look at the flags of a round finds that round's magnitudes, though another is a round ahead."""
+    found = []
+    for seed in range(8):
+        layer = Layer(body, 3, 40, [3] * 20, torch.float16, gain=0.1, seed=seed, dawdling=3)
+        layer.request.M = layer.request.unit_warps = layer.request.row_warps = layer.request.row_tiles = 1
+        assert layer.plan(True)["programs"] == 3
+        any_states(layer)
+        layer.gates.view(-1, 4, 40)[:, 1] *= 0.1
+        assert layer.backward(*gradients(layer, dy=False)) == DONE
+        assert layer.exponents.unique().numel() > 10
+        check_backward(layer)
+        found.append([tensor.clone() for tensor in (layer.dgates, layer.dh, layer.dc, layer.exponents, layer.partials)])
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
+
+
 def any_states(layer):
     """Gates and cells that no forward walk has left, so that a large W_hh makes gradients grow."""
     layer.gates = 0.3 + 0.4 * torch.rand(len(layer.x), 4 * layer.H)

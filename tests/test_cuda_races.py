@@ -19,7 +19,7 @@ PLANNED = (0,) * 8
 CASES = {
     "one block": (9, 33, 0, 0, 1, 0, PLANNED, (9, 5, 1)),
     "one block, all registers": (2, 128, 1, 0, 0, 1, PLANNED, (2, 2)),
-    "grid": (10, 24, 1, 1, 1, 0, (2, 1, 1, 1, 1, 1, 1, 1), (10, 9, 1)),
+    "grid": (10, 26, 1, 1, 1, 0, (2, 1, 1, 1, 1, 1, 1, 1), (10, 9, 1)),
     "beyond the registers": (16, 200, 0, 0, 1, 0, (4, 2, 2, 2, 1, 2, 2, 2), (16, 13)),
 }
 NOTHING, SYNC, PUBLISH, ACQUIRE = range(4)  # host::Order: what orders nothing
