@@ -46,9 +46,12 @@ static int walk_both_ways(const Request& request, const Request& back, bool misa
   plan(&back, true, planned_back);
   std::vector<double> partials(request.T * planned_back[0] * NUM_SUMS);
   std::vector<int32_t> exponents(request.T);
-  if (backward(&back, rows, weight_hh, bits(dy), c0.data(), gates.data(), cells.data(), dh.data(), dc.data(), bits(dgates),
-               partials.data(), exponents.data()) != 0)
-    return 3;
+  std::vector<int32_t> carry(2 * planned_back[0]);
+  const auto walk_back = [&](bool resumes, bool pauses) {
+    return backward(&back, rows, weight_hh, bits(dy), c0.data(), gates.data(), cells.data(), dh.data(), dc.data(), bits(dgates),
+                    partials.data(), exponents.data(), carry.data(), resumes, pauses) == 0;
+  };
+  if (request.offsets ? !walk_back(false, false) : !walk_back(false, true) || !walk_back(true, false)) return 3;
   return finite(dh) && finite(dc) ? 0 : 4;
 }
 

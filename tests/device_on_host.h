@@ -345,7 +345,6 @@ inline float float_of(uint32_t bits) {
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
-inline int leading_zeros(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline float widen(Bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
 inline float widen(Half x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;

@@ -20,7 +20,7 @@ CASES = {
     "one block": (9, 33, 0, 0, 1, 0, PLANNED, (9, 5, 1)),
     "one block, all registers": (2, 128, 1, 0, 0, 1, PLANNED, (2, 2)),
     "grid": (10, 26, 1, 1, 1, 0, (2, 1, 1, 1, 1, 1, 1, 1), (10, 9, 1)),
-    "beyond the registers": (16, 200, 0, 0, 1, 0, (4, 2, 2, 2, 1, 2, 2, 2), (16, 13)),
+    "beyond the registers": (16, 200, 0, 0, 0, 0, (4, 2, 2, 2, 1, 2, 2, 2), (16, 16)),
 }
 NOTHING, SYNC, PUBLISH, ACQUIRE = range(4)  # host::Order: what orders nothing
 OPTIONS = {

@@ -98,7 +98,6 @@ GK_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 GK_DEVICE float power_of_two(int exponent) { return ldexpf(1.0f, exponent); }
 
 GK_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-GK_DEVICE int leading_zeros(uint32_t x) { return __clz(static_cast<int>(x)); }
 GK_DEVICE float widen(Bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 GK_DEVICE float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 GK_DEVICE void narrow(float x, Bfloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
@@ -127,7 +126,6 @@ float reciprocal(float x);
 float hyperbolic_tangent(float x);
 float power_of_two(int exponent);
 uint32_t bits_of(float x);
-int leading_zeros(uint32_t x);
 float widen(Bfloat16 x);
 float widen(Half x);
 void narrow(float x, Bfloat16& y);

@@ -239,15 +239,13 @@ GK_DEVICE float sum_at(const Plan& p, const float* sums, const Cell& cell, int r
   return total;
 }
 
-// A magnitude in 16 bits that are ordered as magnitudes are: 0, ONE + floor(log2), or NOT_FINITE.
+// A magnitude in 16 bits that are ordered as magnitudes are: 0, ONE + floor(log2) (-127 for all subnormal ones), or NOT_FINITE.
 constexpr int ONE = 512;
 constexpr uint32_t NOT_FINITE = 0xffff;
 GK_DEVICE uint32_t code_of(uint32_t magnitude_bits) {
   if (magnitude_bits >= 0x7f800000u) return NOT_FINITE;
   if (magnitude_bits == 0) return 0;
-  const int exponent = static_cast<int>(magnitude_bits >> 23);
-  const int power = exponent ? exponent - 127 : -118 - device::leading_zeros(magnitude_bits);
-  return static_cast<uint32_t>(ONE + power);
+  return static_cast<uint32_t>(ONE - 127) + (magnitude_bits >> 23);
 }
 
 // Where the blocks of a group meet, once a step. A block tells with its flag that it has arrived, and two magnitudes: every
