@@ -31,7 +31,8 @@ def cuda_extensions(pybind_include: str) -> list:
     if torch.version.cuda is None:
         return []
     nvcc = shutil.which("nvcc", path=str(Path(CUDA_HOME or "nowhere") / "bin"))
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout if nvcc else ""
+    ask = lambda *options: subprocess.run([nvcc, *options], capture_output=True, text=True, check=True)  # noqa: E731
+    said = ask("--version").stdout if nvcc else ""
     found = re.search(r"release (\d+)\.(\d+)", said)
     release = (int(found[1]), int(found[2])) if found else (0, 0)
     if release[0] != int(torch.version.cuda.split(".")[0]):
@@ -40,7 +41,11 @@ def cuda_extensions(pybind_include: str) -> list:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX")
     flags = {"cxx": ["-std=c++20", "-O3", "-g0"], "nvcc": ["-std=c++20", "-O3", "--threads=3"]}
     flags = {compiler: [*options, *CUDA_DEFINES] for compiler, options in flags.items()}
-    options = {"include_dirs": [pybind_include], "extra_compile_args": flags, "depends": HEADERS}
+    # torch looks for libcudart beside the nvcc that it finds, which may be a script or a link: nvcc itself knows where it is.
+    steps = ask("--dryrun", "-x", "cu", os.devnull).stderr
+    libraries = re.findall(r'"-L(.+?)"', steps.partition("LIBRARIES=")[2].partition("\n")[0])
+    options = {"include_dirs": [pybind_include], "library_dirs": libraries}
+    options |= {"extra_compile_args": flags, "depends": HEADERS}
     return [CUDAExtension("gradkernels._C_cuda", CUDA_SOURCES, **options)]
 
 

@@ -44,25 +44,28 @@ def test_documented_plans_are_the_planner_s():
 
 
 def extensions(cuda):
-    """The names of the extensions that setup.py builds with a torch of this CUDA version."""
+    """{name: extension} of what setup.py builds with a torch of this CUDA version."""
     with mock.patch.object(torch.version, "cuda", cuda), mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
-    return [extension.name for extension in setup.call_args.kwargs["ext_modules"]]
+    return {extension.name: extension for extension in setup.call_args.kwargs["ext_modules"]}
 
 
 def test_setup_builds_cuda_where_torch_has_it(monkeypatch, tmp_path):
-    """_C alone with a torch for CPUs and where its nvcc is not there; _C and _C_cuda otherwise."""
+    """_C alone with a torch for CPUs and where its nvcc is not there; _C and _C_cuda, from nvcc's own libraries, otherwise."""
     from torch.utils import cpp_extension
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    assert extensions(None) == ["gradkernels._C"]
-    assert extensions("13.0") == ["gradkernels._C"]
+    assert list(extensions(None)) == ["gradkernels._C"]
+    assert list(extensions("13.0")) == ["gradkernels._C"]
     nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.1, V13.1.1\n")
+    version, libraries = "echo Cuda compilation tools, release 13.1, V13.1.1", """echo '#$ LIBRARIES=  "-L/toolkit/lib"' >&2"""
+    nvcc.write_text(f"#!/bin/sh\n{version}\n{libraries}\n")
     nvcc.chmod(0o755)
-    assert extensions(None) == ["gradkernels._C"]
-    assert extensions("12.9") == ["gradkernels._C"]
-    assert extensions("13.0") == ["gradkernels._C", "gradkernels._C_cuda"]
+    assert list(extensions(None)) == ["gradkernels._C"]
+    assert list(extensions("12.9")) == ["gradkernels._C"]
+    built = extensions("13.0")
+    assert list(built) == ["gradkernels._C", "gradkernels._C_cuda"]
+    assert "/toolkit/lib" in built["gradkernels._C_cuda"].library_dirs
