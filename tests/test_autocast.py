@@ -61,10 +61,10 @@ def test_dtypes(device, on, x_dtype, parameter_dtype):
             for residual_dtype in {x_dtype, torch.promote_types(x_dtype, F32)}:
                 if device == "cpu" and residual_dtype is not x_dtype:
                     continue  # y is then residual's dtype in PyTorch's words and x's in ours
+                if device == "cuda" and not on and residual_dtype is not x_dtype:
+                    continue  # as for layer_norm above: the sum and the weight differ
                 residual = torch.empty(4, 8, dtype=residual_dtype)
                 expected = [t.dtype for t in add_layer_norm(x, residual, (8,), weight, weight)]
-                if device == "cuda" and not on and residual_dtype is not x_dtype:
-                    continue
                 assert [t.dtype for t in gk.add_layer_norm(x, residual, (8,), weight, weight)] == expected
                 assert [t.dtype for t in add_norm(x, residual)] == expected
 
