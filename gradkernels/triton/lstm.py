@@ -134,7 +134,7 @@ def choose_exponent(exponent, largest, incoming, dtype: tl.constexpr):
     power = exponent_of(largest)
     wanted = tl.where((power < -SPAN) | (power > SPAN), tl.maximum(0, tl.minimum(exponent - power, exponent + limit)), exponent)
     wanted = tl.where((largest > 0) & (largest < float("inf")), wanted, 0)
-    most = tl.where(tl.abs(incoming) < float("inf"), tl.minimum(limit, SPAN - exponent_of(incoming)), 0)
+    most = tl.where(tl.abs(incoming) < float("inf"), tl.minimum(limit, -exponent_of(incoming) + SPAN), 0)
     return tl.where(incoming != 0, tl.maximum(0, tl.minimum(wanted, most)), wanted)
 
 
