@@ -22,3 +22,11 @@ def fresh_compiler():
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def body(tmp_path_factory):
+    """The body of the CUDA kernels as a library of the host."""
+    from walks_on_host import build
+
+    return build(tmp_path_factory.mktemp("cuda"))

@@ -1,4 +1,4 @@
-// The walks of csrc/cuda as functions that tests/test_cuda_on_host.py calls through ctypes: planned for a device of the size
+// The walks of csrc/cuda as functions that tests/walks_on_host.py calls through ctypes: planned for a device of the size
 // that the test asks for, and run by tests/device_on_host.h.
 #include "device_on_host.h"
 
@@ -11,7 +11,7 @@ using namespace gk;
 
 extern "C" {
 
-// What goes in beside the tensors; tests/test_cuda_on_host.py has the same fields.
+// What goes in beside the tensors; tests/walks_on_host.py has the same fields.
 struct Request {
   int64_t T, B, H;
   const int64_t* offsets;

@@ -4,22 +4,18 @@ import math
 
 import pytest
 import torch
-from test_cuda_on_host import (
+from walks_on_host import (
     DONE,
     DTYPES,
     Layer,
-    body,
     check_backward,
     check_forward,
     gradients,
     norm_of,
-    pytestmark,
     walk_back,
 )
 
 from gradkernels.ops.lstm_layer import step_forward
-
-__all__ = ["body", "pytestmark"]
 
 
 def outputs(layer):

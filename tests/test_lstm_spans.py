@@ -5,7 +5,7 @@ from ctypes import byref, c_int64
 
 import pytest
 import torch
-from test_cuda_on_host import DONE, DTYPES, Layer, Request, body, check_forward, gradients, pointer, pytestmark  # noqa: F401
+from walks_on_host import DONE, DTYPES, Layer, Request, check_forward, gradients, pointer
 
 CUTS = (0, 1, 8, 9, 30)  # spans of several steps, and of one
 
@@ -37,7 +37,7 @@ def back_in_spans(layer, dy, dh_n, dc_n):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 20), (9, 20), (9, 132)], ids=str)
 @pytest.mark.parametrize("vanishing", [False, True], ids=["", "vanishing"])
-def test_spans(body, shape, dtype, reverse, vanishing):  # noqa: F811
+def test_spans(body, shape, dtype, reverse, vanishing):
     """Also where float32 would have lost the gradient at the first cut: its scale is passed on."""
     (B, H), T = shape, CUTS[-1]
     layer = Layer(body, B, H, [B] * T, dtype, reverse, gain=0.05 if vanishing else 1.0)

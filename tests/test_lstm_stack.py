@@ -13,9 +13,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import test_cuda_on_host as host
 import torch
-from test_cuda_on_host import body  # noqa: F401
+import walks_on_host as host
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkernels as gk
@@ -113,7 +112,7 @@ def check(at_once, in_turn):
 
 
 class OnHost:
-    """The ops of csrc/cuda, whose body runs on the host as in test_cuda_on_host.py: padded walks from the first step on."""
+    """The ops of csrc/cuda, whose body runs on the host as in walks_on_host.py: padded walks from the first step on."""
 
     def __init__(self, library):
         self.library, self.walks, self.sms = library, 0, host.H100[0]
@@ -150,7 +149,7 @@ class OnHost:
 
 
 @pytest.fixture
-def on_host(body):  # noqa: F811
+def on_host(body):
     walks, persistent = OnHost(body), "gradkernels.triton.lstm_persistent"
     with (
         mock.patch(f"{persistent}.OPS", walks),
