@@ -25,7 +25,10 @@ if "on_triton" in sys.modules:
     from gradkernels.triton.lanes import Lanes
     from gradkernels.triton.lstm_stack import schedule_of, side_by_side
 
-pytestmark = pytest.mark.skipif("on_triton" not in sys.modules, reason="run by test_triton.py in a process of its own")
+ON_HOST = "on_triton" in sys.modules and not sys.modules["on_triton"].ON_GPU
+pytestmark = pytest.mark.skipif(
+    not ON_HOST, reason="run by test_triton.py in a process of its own; on a GPU test_gpu.py does it"
+)
 MODULE = "gradkernels.triton.lstm_stack"
 
 
