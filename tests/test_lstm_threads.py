@@ -9,6 +9,7 @@ from checks import check_threads
 from lstm_cases import layer_inputs
 from test_lstm_layer import LAYOUTS, OP, case_of, same
 
+import gradkernels as gk
 from gradkernels.testing import differentiate, randn
 
 
@@ -27,6 +28,23 @@ def test_threads(num_threads, layout):
     same(differentiate(case.function, case.inputs, case.dys)[0], alone[0])
     torch.set_num_threads(1)
     same(differentiate(case.function, case.inputs, case.dys), alone)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "projected"])
+def test_time_stats(layout):
+    """Each thread measures its own units: together what one thread measures of all, but for the order of the sums."""
+    options = {"padded": {}, "packed": {"lengths": (3,) * 30 + (2,) * 20}, "projected": {"P": 100}}[layout]
+    inputs, batch_sizes = layer_inputs(3, 50, 9, 150, gain=3.0, **options)
+    y, *_, gates, cells = OP.lstm_layer_fwd(*inputs, batch_sizes, False)
+    dy, tables = randn(*y.shape), []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        table = gk.new_time_stats(3)
+        OP.lstm_layer_bwd(dy, None, None, *inputs, batch_sizes, y, gates, cells, False, True, True, None, table)
+        tables.append(table)
+    assert (tables[0][1:] > 0).sum() > 3 * 8
+    for table in tables[1:]:
+        torch.testing.assert_close(table, tables[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["padded", "projected"])
