@@ -9,6 +9,7 @@ import random
 import sys
 from ctypes import POINTER, byref, c_int64
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -23,7 +24,7 @@ from gradkernels.testing import randn
 
 if "on_triton" in sys.modules:
     from gradkernels.triton.lanes import Lanes
-    from gradkernels.triton.lstm_stack import schedule_of, side_by_side
+    from gradkernels.triton.lstm_stack import saved_for, schedule_of, side_by_side
 
 ON_HOST = "on_triton" in sys.modules and not sys.modules["on_triton"].ON_GPU
 pytestmark = pytest.mark.skipif(
@@ -253,8 +254,70 @@ def test_differentiated_twice(shuffled):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", ["weights", "states", "calls"])
+def test_what_is_used_twice(shuffled, shared):
+    """With create_graph a gradient is counted once, where tensors are tied, or made by another call with the same weights."""
+    stack, tensors = stack_of(2, 2, 6, 3, dtype=torch.float64)
+    x, state, weights = tensors[0], tensors[1], tensors[3:]
+    found = []
+    for run in (side_by_side, in_turn):
+        if shared == "weights":
+            y = run(stack, *tensors[:3], weights[:8] + weights[:8])[0]
+        elif shared == "states":
+            y = run(stack, x, state, state, weights)[0]
+        else:
+            y = run(stack, *run(stack, *tensors[:3], weights), weights)[0]
+        found.append(torch.autograd.grad(y.square().sum(), [x, state, *weights[:8]], create_graph=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_batched_gradients(shuffled):
+    """torch.autograd.grad(is_grads_batched=True)."""
+    stack, tensors = stack_of(2, 2, 3, 3, dtype=torch.float64)
+    found = []
+    for run in (side_by_side, in_turn):
+        y = run(stack, *tensors[:3], tensors[3:])[0]
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(y, tensors[:4], torch.randn(3, *y.shape, dtype=y.dtype), is_grads_batched=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_weights_of_any_layout(shuffled, on_host, directions):
+    stack, tensors = stack_of(8, 3, 6, 7, directions=directions)
+    tensors = [t.detach().T.contiguous().T.requires_grad_() if t.dim() == 2 else t for t in tensors]
+    outputs, gradients, *_ = results(side_by_side, stack, tensors)
+    assert on_host.walks == 8  # two parts in two spans, or four parts, both ways
+    assert all(t.isfinite().all() for t in (*outputs, *gradients))
+
+
+def test_only_what_a_pass_is_asked_for(shuffled, on_host):
+    """A pass to x alone neither forms the gradients of weights nor measures them."""
+    stack, tensors = stack_of(3, 3, 6, 7, measured=True)
+    at_once, in_order = both(stack, tensors, wanted=tensors[:1])
+    check(at_once, in_order)
+    assert at_once[2][0][:2].any()
+    assert not at_once[2][0][2:].any()
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_without_gradients(shuffled, on_host, directions):
+    """The same outputs from the gates of two layers where each is done before the next."""
+    stack, tensors = stack_of(13, 3, 6, 7, layers=4, directions=directions)
+    expected = side_by_side(stack, *tensors[:3], tensors[3:])
+    with torch.no_grad(), mock.patch(f"{MODULE}.saved_for", wraps=saved_for) as rooms:
+        found = side_by_side(stack, *tensors[:3], tensors[3:])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    saved = saved_for(*rooms.call_args.args, **rooms.call_args.kwargs)
+    assert len({t.data_ptr() for t in saved[1 : 3 * stack.parts : 3]}) == 4
+    assert rooms.call_args.kwargs["reuse"] == (directions == 2)
+
+
 def test_mistakes(shuffled):
     stack, tensors = stack_of(3, 2, 3, 3)
+    assert side_by_side(stack, tensors[0], torch.cat([tensors[1]] * 2), tensors[2], tensors[3:]) is None
     for index, wrong in ((0, (3, 2, 4)), (2, (4, 3, 3)), (3 + 8, (12, 3))):
         given = [*tensors[:index], torch.randn(wrong, dtype=torch.bfloat16), *tensors[index + 1 :]]
         with pytest.raises(gk.ArgumentError) as ours:
@@ -355,12 +418,15 @@ def test_lanes(fails):
             raise RuntimeError("no memory")
 
     with (
+        mock.patch("gradkernels.triton.lanes.LOCAL", SimpleNamespace()),
         mock.patch("torch.cuda.Stream", side_effect=[FakeStream(name, log) for name in "ab"]),
         mock.patch("torch.cuda.current_stream", return_value=current),
         mock.patch("torch.cuda.stream", entered),
         pytest.raises(RuntimeError, match="no memory") if fails else contextlib.nullcontext(),
         Lanes(torch.device("cuda", 0), 2) as lanes,
     ):
+        assert Lanes(torch.device("cuda", 0), 2).streams is not lanes.streams
+        assert Lanes(torch.device("cuda", 0), 2).streams == lanes.streams
         event = lanes.run(0, lambda: log.append("works"))
         lanes.run(1, work, [event])
     begin = ["a waits for current", "b waits for current", "a is current", "works", "a is not current", "a records"]

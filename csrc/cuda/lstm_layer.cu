@@ -78,7 +78,8 @@ static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward, 
   for (const bool telemetry : {false, true}) {
     const void* kernel = kernel_of(p, half, backward, telemetry);
     int resident = 0;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes),
+          "cudaFuncSetAttribute");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, THREADS, p.shared_bytes), "occupancy");
     if (p.local ? resident < 1 : resident * limits.sms < p.programs()) return {};
   }

@@ -20,8 +20,8 @@ struct Backward {
   uint16_t* dgates;
   double* partials;    // (T, programs, NUM_SUMS); null without telemetry
   int32_t* exponents;  // (groups, T) of each step's scale; null without telemetry
-  // A walk may be cut into spans of steps of B rows, a launch each. (groups, 2): the exponent of the scale in which dh and dc
-  // pass from one to the next, and the code of the largest magnitude, so that bits are those of one walk.
+  // A walk may be cut into spans of steps of B rows, a launch each. (groups, 2) or longer: the exponent of the scale in which
+  // dh and dc pass from one to the next, and the code of the largest magnitude, so that bits are those of one walk.
   int32_t* carry;
   bool resumes, pauses;  // dh and dc are so passed on entry, on return
 };

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+LOCAL = threading.local()  # .streams: {device: the streams of this thread there}
+
+
+def streams_of(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """`count` streams, the same ones each time: PyTorch keeps memory, and cuBLAS a workspace, for every stream that is used.
+
+    A thread has its own, for another one may be capturing a graph.
+    """
+    if not hasattr(LOCAL, "streams"):
+        LOCAL.streams = {}
+    streams = LOCAL.streams.setdefault(device, [])
+    while len(streams) < count:
+        streams.append(torch.cuda.Stream(device))
+    return streams[:count]
 
 
 class Lanes:
@@ -15,7 +31,7 @@ class Lanes:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self.streams = [torch.cuda.Stream(device) for _ in range(count)]
+        self.streams = streams_of(device, count)
         self.current = torch.cuda.current_stream(device)
 
     def __enter__(self) -> Lanes:

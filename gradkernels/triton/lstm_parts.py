@@ -44,7 +44,7 @@ class Part:
         gates = preactivations(self.x[rows], weight_ih, bias, out=self.gates[rows])
         projection = None if weight_hr is None else weight_hr.contiguous()
         outputs = (self.y[rows], self.cells[rows])
-        walk_forward(steps, gates, weight_hh.contiguous(), projection, h, c, *outputs, self.at_once)
+        walk_forward(steps, gates, weight_hh.contiguous(), projection, h.contiguous(), c, *outputs, self.at_once)
 
     def walk_back(self, begin: int, end: int, telemetry: bool) -> None:
         """The backward pass through steps `end` to `begin`; it has gone through all after them."""
@@ -58,7 +58,7 @@ class Part:
             dy, left = None if self.dy is None else self.dy[rows], self.walked
             sums = (left.partials[begin:end], left.exponents[begin:end]) if telemetry else (None, None)
             outputs = (left.dgates[rows], *sums)
-            args = (dy, self.state, weight_hh.contiguous(), c0, gates, cells, outputs)
+            args = (dy, self.state, weight_hh, c0, gates, cells, outputs)
             walk_span_back(*args, end < T, begin > 0, self.at_once)
         if self.dx is not None:
             torch.mm(self.walked.dgates[rows], weight_ih, out=self.dx[rows])
@@ -73,9 +73,9 @@ class Part:
         return slice(self.steps.first[begin], self.steps.first[end])
 
     def before(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """h, and c in float32 (float64), with which the forward pass comes to step `begin`; 0 where it is to take all."""
+        """h, and c in float32 (float64), with which the forward pass comes to step `begin`; to a walk of all steps with 0."""
         if begin == 0:
-            return self.h0.contiguous(), widen(self.c0).contiguous()
+            return self.h0, widen(self.c0).contiguous()
         rows = self.rows(begin - 1, begin)
         return self.y[rows], self.cells[rows]
 

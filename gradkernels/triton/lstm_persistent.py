@@ -50,7 +50,7 @@ def walk_forward(
     """Whether it has been done: gates activated, y and cells filled."""
     if captured(steps) or not planned(y, weight_hr, c0.shape[1], False, steps.B, at_once)[0]:
         return False
-    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
+    OPS.lstm_walk_fwd(gates, weight_hh.contiguous(), h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
     return True
 
 
@@ -75,7 +75,7 @@ def walk_backward(
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
     outputs, order = (dgates, partials, exponents), (steps.batch_sizes, steps.reverse)
-    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs, None, False, False, *order, at_once)
+    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, None, False, False, *order, at_once)
     return partials, exponents
 
 
@@ -98,4 +98,6 @@ def walk_span_back(
     bits are those of one walk.
     """
     dh, dc, carry = state
-    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh, c0, gates, cells, *outputs, carry, resumes, pauses, None, False, at_once)
+    OPS.lstm_walk_bwd(
+        dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, carry, resumes, pauses, None, False, at_once
+    )

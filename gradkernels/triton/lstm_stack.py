@@ -3,7 +3,7 @@
 The two directions of a layer know nothing of each other: each walks on a stream of its own. Layers of one direction follow
 one another in spans of time: while a layer walks through one, the layer above walks through the one before. Persistent walks
 are then planned for half of the device each. None waits for another one to be resident, so that where the driver does not run
-two at once it runs them in turn. Numbers and statistics are those of one layer after the other.
+two at once it runs them in turn. Results and statistics are those of one layer after the other, but for rounding.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ def side_by_side(
     """
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, h0, c0, *weights))
-    if transformed or not plain or torch.jit.is_tracing():
+    if transformed or not plain or torch.jit.is_tracing() or not len(h0) == len(c0) == stack.parts:
         return None
     for index in range(stack.parts):
         of_layer = x if index < stack.directions else x.new_empty(1).expand(*x.shape[:-1], h0.shape[-1] * stack.directions)
         own, measured = stack.weights_of(weights, index), (stack.stats[index], stack.time_stats[index])
         check_layer(of_layer, h0[index], c0[index], own, stack.batch_sizes, *measured)
-    schedules = [schedule_of(stack, x, h0, stack.weights_of(weights, 0), backward) for backward in (False, True)]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights))
+    ways = (False, True) if differentiable else (False,)
+    schedules = [schedule_of(stack, x, h0, stack.weights_of(weights, 0), backward) for backward in ways]
     if stack.directions == 1 and all(len(schedule.spans) == 1 for schedule in schedules):
         return None
     return _SideBySide.apply(stack, schedules, x, h0, c0, *weights)
@@ -68,13 +70,16 @@ class Schedule:
 def schedule_of(
     stack: Stack, x: torch.Tensor, h0: torch.Tensor, weights: list[torch.Tensor | None], backward: bool
 ) -> Schedule:
-    """Two walks at once, each on half of the device, where that is predicted to take less time than one after the other."""
+    """Two walks at once, each on half of the device, where that is predicted to take less time than one after the other.
+
+    More layers than two take turns on the halves: at most two of their spans are walked at a time.
+    """
     T, L = len(x) if stack.batch_sizes is None else len(stack.batch_sizes), stack.num_layers
     _, weight_hh, _, _, weight_hr = weights
     case = (x, weight_hr, weight_hh.shape[1], backward, h0.shape[1])
     (_, alone), (programs, beside) = planned(*case), planned(*case, at_once=2)
     count = min(MOST_SPANS, T // SPAN) if programs and stack.batch_sizes is None and stack.directions == 1 else 1
-    if count < 2 or (count + L - 1) * beside >= count * L * alone:
+    if count < 2 or max(count + L - 1, count * L // 2 + 1) * beside >= count * L * alone:
         count = 1
     halves = count > 1 or (stack.directions == 2 and programs and beside < 2 * alone)
     return Schedule(list(pairwise(T * k // count for k in range(count + 1))), 2 if halves else 1)
@@ -97,11 +102,18 @@ def call_of(stack: Stack, schedule: Schedule, tensors: Sequence[torch.Tensor], s
     return Call(stack, schedule.spans, parts, list(masks))
 
 
-def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor) -> list[torch.Tensor]:
-    """Room for (y, gates, cells) of each part; dropout's masks; the inputs of layers above the first, unless they are y."""
+def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, reuse: bool) -> list[torch.Tensor]:
+    """Room for (y, gates, cells) of each part; dropout's masks; the inputs of layers above the first, unless they are y.
+
+    reuse: nobody looks at gates later, and a layer is done before the one above begins: two layers' room is enough for them.
+    """
     num_rows, P, H, wide = rows_of(x).shape[0], h0.shape[2], c0.shape[2], widen(c0[:0]).dtype
     shapes = (((*x.shape[:-1], P), x.dtype), ((num_rows, 4 * H), wide), ((num_rows, H), wide))
-    saved = [x.new_empty(shape, dtype=dtype) for _ in range(stack.parts) for shape, dtype in shapes]
+    saved = []
+    for index in range(stack.parts):
+        y, gates, cells = (x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+        before = index - 2 * stack.directions
+        saved += [y, saved[3 * before + 1] if reuse and before >= 0 else gates, cells]
     between, columns = range(stack.num_layers - 1), P * stack.directions
     if stack.dropout:
         saved += [x.new_empty(num_rows, columns, dtype=torch.bool).bernoulli_(1 - stack.dropout) for _ in between]
@@ -137,7 +149,7 @@ def walk_down(call: Call, active: list[int], of_weights: list[bool]) -> None:
             if of_weights[index]:
                 lanes.run(index, call.parts[index].multiply)
     for part in call.parts:
-        walked = () if part.walked is None else (part.walked.dgates, part.walked.partials, part.walked.exponents)
+        walked = () if part.walked is None else (part.walked.partials, part.walked.exponents)
         lanes.hand_over(*walked, *part.of_weights)
 
 
@@ -197,38 +209,50 @@ def below(x: torch.Tensor) -> Iterator[None]:
 
 
 class _SideBySide(Function):
-    """Of a whole call: saves its inputs, y, gates and cells of all parts, and what dropout keeps."""
+    """Of a whole call: saves its inputs, and what `saved_for` has made room for."""
 
     @staticmethod
     def forward(ctx: Any, stack: Stack, schedules: list[Schedule], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = tensors[0]
         with below(x):
-            saved = saved_for(stack, *tensors[:3])
+            saved = saved_for(stack, *tensors[:3], reuse=len(schedules) == len(schedules[0].spans) == 1)
             call = call_of(stack, schedules[0], tensors, saved)
             walk_up(call)
             ys = saved[3 * (stack.parts - stack.directions) : 3 * stack.parts : 3]
             y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
             h_n = torch.stack([last_rows(part.steps, part.y) for part in call.parts])
             c_n = torch.stack([last_rows(part.steps, part.cells) for part in call.parts]).to(x.dtype)
-        ctx.stack, ctx.schedule = stack, schedules[1]
+        ctx.stack, ctx.schedule = stack, schedules[-1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        needs, stack = ctx.needs_input_grad[2:], ctx.stack
+        needs, stack = needed(ctx), ctx.stack
         if all(grad is None for grad in grads):
             return (None,) * (2 + len(needs))
         everything = ctx.saved_tensors
         tensors, saved = everything[: len(needs)], everything[len(needs) :]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+        if batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return None, None, *differentiable_gradients(stack, tensors, saved, grads, needs)
         with below(tensors[0]):
             call = call_of(stack, ctx.schedule, tensors, saved)
             go_back(call, grads, needs)
             found = collect(call, tensors)
         return None, None, *(d if need else None for d, need in zip(found, needs, strict=True))
+
+
+def needed(ctx: Any) -> list[bool]:
+    """Which of (x, h0, c0, *weights) this backward pass is to reach, as a C++ node asks; some that could be reached are not."""
+    found = []
+    for need, (node, _) in zip(ctx.needs_input_grad[2:], ctx.next_functions, strict=True):
+        try:
+            found.append(need and node is not None and torch._C._will_engine_execute_node(node))
+        except RuntimeError:  # a leaf that torch.autograd.grad has been asked for
+            found.append(need)
+    return found
 
 
 def collect(call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -253,15 +277,15 @@ def differentiable_gradients(
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
     """The same through one layer after the other, whose nodes can be differentiated once more."""
-    x, h0, c0, *weights = tensors
-    masks = saved[3 * stack.parts :]
-    again = torch.is_grad_enabled()
+    masks, again = saved[3 * stack.parts :], torch.is_grad_enabled()
 
     def drop(y: torch.Tensor, layer: int) -> torch.Tensor:
         return y * masks[layer].view(y.shape) * stack.scale
 
     with torch.enable_grad():
-        outputs = in_turn(stack, x, h0, c0, weights, drop)
+        # Aliases of our own: one tensor may be given twice, or be made from another, and the outer pass goes on from here.
+        tensors = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
+        outputs = in_turn(stack, *tensors[:3], tensors[3:], drop)
         used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
         outputs, given = zip(*used, strict=True)
