@@ -9,7 +9,7 @@ import triton.language as tl
 from gradkernels.triton.launch import launch
 from gradkernels.triton.lstm import gates_backward, gates_forward, hyperbolic_tangent, load_gates, store_gates
 from gradkernels.triton.lstm_steps import multiply_wide
-from gradkernels.triton.probe import probe_bwd
+from gradkernels.triton.probe import probe_each
 
 BLOCK = 512  # elements of h of a program
 
@@ -115,15 +115,9 @@ def lstm_cell_bwd(
     incoming = (None if d is None else d.contiguous() for d in (dh_next, dc_next))
     args = (*incoming, c.contiguous(), gates, dg, dc, c.numel())
     launch(lstm_cell_bwd_kernel, (max(1, -(-c.numel() // BLOCK)),), *args, H=c.shape[1], BLOCK=BLOCK, num_warps=4)
-    dx, dweight_ih, dweight_hh, dbias = (x.new_empty(0) for _ in range(4))
+    dx = torch.mm(dg, weight_ih) if inputs else None
     dh = torch.mm(dg, weight_hh)
-    if inputs:
-        dx = torch.mm(dg, weight_ih)
-    if weights:
-        dweight_ih, dweight_hh = (multiply_wide(dg.t(), t).to(x.dtype) for t in (x, h))
-        dbias = dg.sum(0) if bias_ih is not None else dbias
-    there = (dh_next is not None, dc_next is not None, inputs, True, True, weights, weights, weights and bias_ih is not None)
-    for port, gradient in enumerate((dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias)):
-        if stats is not None and there[port]:
-            probe_bwd(gradient, stats, port)
-    return dx, dh, dc, dweight_ih, dweight_hh, dbias
+    dweight_ih, dweight_hh = (multiply_wide(dg.t(), t).to(x.dtype) if weights else None for t in (x, h))
+    dbias = dg.sum(0) if weights and bias_ih is not None else None
+    probe_each(stats, dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias)
+    return tuple(x.new_empty(0) if d is None else d for d in (dx, dh, dc, dweight_ih, dweight_hh, dbias))

@@ -119,6 +119,8 @@ def walk_forward(
     h0 (B, P) and y, the weights too, are in x's dtype: a step's h is rounded to it before the next. c0, cells and gates are
     float32 (float64). In one launch where a persistent kernel takes the case, beside `at_once` - 1 others like it.
     """
+    weight_hh, h0 = weight_hh.contiguous(), h0.contiguous()
+    weight_hr = None if weight_hr is None else weight_hr.contiguous()
     if lstm_persistent.walk_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells, at_once):
         return
     args = (gates, weight_hh, weight_hr, aligned(h0), aligned(c0), y, cells)

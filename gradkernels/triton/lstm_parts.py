@@ -1,4 +1,8 @@
-"""The parts of a stack of LSTM layers, each a layer in one direction, and what each does of a pass: lstm_stack.py."""
+"""One LSTM layer in one direction on a GPU, alone (lstm_layer.py) or as a part of a stack (lstm_stack.py).
+
+The products that know no time are PyTorch's: x W_ih^T before the walk through time, dx and the gradients of the weights after
+it; the walks are in lstm_forward.py and lstm_backward.py.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from gradkernels.functional import Stack
 from gradkernels.ops.layer_norm import widen
 from gradkernels.triton.lstm_backward import WalkedBack, walk_backward
 from gradkernels.triton.lstm_forward import walk_forward
-from gradkernels.triton.lstm_layer import weight_gradients
 from gradkernels.triton.lstm_persistent import walk_span_back
-from gradkernels.triton.lstm_steps import Steps, preactivations
+from gradkernels.triton.lstm_steps import Steps, multiply_wide, preactivations, previous_rows
+from gradkernels.triton.lstm_time_stats import record_steps
+from gradkernels.triton.probe import probe_each
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Part:
     y: torch.Tensor
     gates: torch.Tensor
     cells: torch.Tensor
-    at_once: int  # persistent walks between which the device is divided
+    at_once: int = 1  # persistent walks between which the device is divided
     # Of the walk back: what arrives; dh and dc in float32 (float64), with spans the carry between them; what is left.
     dy: torch.Tensor | None = None
     state: tuple[torch.Tensor, ...] = ()
@@ -42,9 +47,16 @@ class Part:
         steps = self.steps if whole else Steps.of(self.steps.sizes[begin:end], self.steps.B, reverse=False)
         bias = None if bias_ih is None else widen(bias_ih) + widen(bias_hh)
         gates = preactivations(self.x[rows], weight_ih, bias, out=self.gates[rows])
-        projection = None if weight_hr is None else weight_hr.contiguous()
-        outputs = (self.y[rows], self.cells[rows])
-        walk_forward(steps, gates, weight_hh.contiguous(), projection, h.contiguous(), c, *outputs, self.at_once)
+        walk_forward(steps, gates, weight_hh, weight_hr, h, c, self.y[rows], self.cells[rows], self.at_once)
+
+    def receive(self, dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, inputs: bool) -> None:
+        """What the walk back begins with: dy (rows, P), contiguous, dh_n and dc_n; room for dx where `inputs`."""
+        dtype, form = self.cells.dtype, torch.contiguous_format
+        self.dy, self.dx = dy, self.x.new_empty(self.x.shape) if inputs else None
+        self.state = tuple(
+            torch.zeros_like(s, dtype=dtype, memory_format=form) if d is None else d.to(dtype, memory_format=form, copy=True)
+            for d, s in ((dh_n, self.h0), (dc_n, self.c0))
+        )
 
     def walk_back(self, begin: int, end: int, telemetry: bool) -> None:
         """The backward pass through steps `end` to `begin`; it has gone through all after them."""
@@ -64,9 +76,21 @@ class Part:
             torch.mm(self.walked.dgates[rows], weight_ih, out=self.dx[rows])
 
     def multiply(self) -> None:
-        """The gradients of the weights, after the walk back."""
-        bias = self.weights[2] is not None
-        self.of_weights = weight_gradients(self.steps, self.walked, self.x, self.y, self.h0, self.gates, self.cells, bias)
+        """dweight_ih, dweight_hh, dbias, dweight_hr, after the walk back: products over the rows of all steps."""
+        dg, dtype = self.walked.dgates, self.x.dtype
+        dweight_ih = multiply_wide(dg.t(), self.x).to(dtype)
+        dweight_hh = multiply_wide(dg.t(), previous_rows(self.steps, self.y, self.h0)).to(dtype)
+        dbias, dweight_hr = dg.sum(0) if self.weights[2] is not None else None, None
+        if self.walked.dh_total is not None:
+            m = (self.gates[:, -self.cells.shape[1] :] * self.cells.tanh()).to(dtype)
+            dweight_hr = multiply_wide(self.walked.dh_total.t(), m).to(dtype)
+        self.of_weights = (dweight_ih, dweight_hh, dbias, dweight_hr)
+
+    def record(self, stats: torch.Tensor | None, time_stats: torch.Tensor | None) -> None:
+        """What the walk back has measured, and the statistics of all gradients that are there, in the order of PORTS."""
+        if time_stats is not None:
+            record_steps(self.steps, self.walked, self.c0.shape[1], time_stats)
+        probe_each(stats, self.dy, self.dx, *self.of_weights)
 
     def rows(self, begin: int, end: int) -> slice:
         """The rows of steps `begin` to `end`."""

@@ -6,6 +6,9 @@ are resident on the device at once. Everything else goes step by step (lstm_forw
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 
 from gradkernels.triton.lstm import NUM_SUMS
@@ -27,8 +30,13 @@ def planned(
     """
     if _C_cuda is None or weight_hr is not None or not y.is_cuda or y.dtype not in (torch.bfloat16, torch.float16) or not B:
         return 0, 0
-    dtype = str(y.dtype).removeprefix("torch.")
-    return tuple(_C_cuda.walk_on_device(y.device.index, B, H, dtype, backward, at_once))
+    return on_device(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward, at_once)
+
+
+@lru_cache(maxsize=1024)
+def on_device(*case: Any) -> tuple[int, int]:
+    """What the device answers, which is asked for at every walk and never changes."""
+    return tuple(_C_cuda.walk_on_device(*case))
 
 
 def captured(steps: Steps) -> bool:
@@ -50,7 +58,7 @@ def walk_forward(
     """Whether it has been done: gates activated, y and cells filled."""
     if captured(steps) or not planned(y, weight_hr, c0.shape[1], False, steps.B, at_once)[0]:
         return False
-    OPS.lstm_walk_fwd(gates, weight_hh.contiguous(), h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
+    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
     return True
 
 

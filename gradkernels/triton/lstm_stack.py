@@ -25,11 +25,9 @@ from gradkernels.ops.lstm_layer import check_layer, rows_of, step_sizes
 from gradkernels.triton.lanes import Lanes
 from gradkernels.triton.lstm import NUM_SUMS
 from gradkernels.triton.lstm_backward import WalkedBack
-from gradkernels.triton.lstm_layer import record
 from gradkernels.triton.lstm_parts import Call, Part
 from gradkernels.triton.lstm_persistent import planned
 from gradkernels.triton.lstm_steps import Steps, last_rows
-from gradkernels.triton.lstm_time_stats import record_steps
 
 SPAN = 128  # steps at least: beside them it is little that every launch loads W_hh anew
 MOST_SPANS = 8
@@ -158,18 +156,12 @@ def prepare(
 ) -> None:
     """Makes room for what the walk back of a part receives and leaves; the parts of the layer above come first."""
     (layer, direction), part = divmod(index, call.stack.directions), call.parts[index]
-    (rows, P), dtype, above = part.y.shape, part.cells.dtype, call.layer(layer + 1)
+    (rows, P), above = part.y.shape, call.layer(layer + 1)
     if above:
-        part.dy = above[0].dx if part.y is above[0].x else part.y.new_empty(rows, P)
+        dy = above[0].dx if part.y is above[0].x else part.y.new_empty(rows, P)
     elif dy is not None:
-        part.dy = rows_of(dy)[:, direction * P : (direction + 1) * P].contiguous()
-    part.dx = part.x.new_empty(part.x.shape) if inputs else None
-    part.state = tuple(
-        torch.zeros_like(s, dtype=dtype, memory_format=torch.contiguous_format)
-        if d is None
-        else d[index].to(dtype, memory_format=torch.contiguous_format, copy=True)
-        for d, s in ((dh_n, part.h0), (dc_n, part.c0))
-    )
+        dy = rows_of(dy)[:, direction * P : (direction + 1) * P].contiguous()
+    part.receive(dy, *(None if d is None else d[index] for d in (dh_n, dc_n)), inputs)
     if len(call.spans) == 1:
         return
     programs, _ = planned(part.y, None, part.c0.shape[1], True, part.steps.B, part.at_once)
@@ -194,11 +186,7 @@ def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bo
         prepare(call, index, *grads, needs[0] or index // stack.directions > lowest)
     walk_down(call, active, of_weights)
     for index in active:
-        part, stats, time_stats = call.parts[index], stack.stats[index], stack.time_stats[index]
-        if time_stats is not None:
-            record_steps(part.steps, part.walked, part.c0.shape[1], time_stats)
-        if stats is not None:
-            record(stats, part.dy, part.dx, *part.of_weights)
+        call.parts[index].record(stack.stats[index], stack.time_stats[index])
 
 
 @contextmanager

@@ -54,6 +54,13 @@ def probe_bwd(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
     pointwise(probe_bwd_kernel, dy, stats, dy, port)
 
 
+def probe_each(stats: torch.Tensor | None, *gradients: torch.Tensor | None) -> None:
+    """Adds the statistics of each gradient that is there to the row of its place, where there are rows."""
+    for port, gradient in enumerate(gradients):
+        if stats is not None and gradient is not None:
+            probe_bwd(gradient, stats, port)
+
+
 def fold(stats: torch.Tensor) -> torch.Tensor:
     """The rows of a table, (ports, fields); its cells are zero afterwards. One launch."""
     num_rows, num_cells, num_fields = stats.shape
