@@ -14,21 +14,17 @@ namespace gk::GK_ISA {
 
 #include "norm_rows.h"
 
-template <typename TX, typename TY>
-static void add_rows(const TY* x, const TX* residual, TX* new_residual, int64_t count) {
-  int64_t k = 0;
-  for (; k + STEP<TX> <= count; k += STEP<TX>) store_pair(new_residual + k, load_pair(x + k) + load_pair(residual + k));
-  if (k < count) store_tail(new_residual + k, load_tail(x + k, count - k) + load_tail(residual + k, count - k), count - k);
-}
-
-// ROWS rows are added and normalised before the next ones, while they are in the first-level cache.
+// A chunk of rows is added and normalised before the next one, while it is in the first-level cache.
 template <typename TX, typename TY>
 static void add_norm_fwd(const TY* x, const TX* residual, TX* new_residual, TY* y, const Acc<TX>* weight, const Acc<TX>* bias,
                          double eps, int64_t N, int64_t begin, int64_t end, Acc<TX>* mean, Acc<TX>* rstd) {
-  for (int64_t row = begin; row < end; row += ROWS) {
-    const int64_t rows = std::min(ROWS, end - row);
-    add_rows(x + row * N, residual + row * N, new_residual + row * N, rows * N);
-    norm_fwd<TX, TY>(new_residual, y, weight, bias, eps, N, row, row + rows, mean, rstd);
+  const int64_t rows = rows_of_chunk(N);
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t last = std::min(first + rows, end);
+    for_each_vector<TX>(first * N, last * N, [&](auto access, int64_t k) __attribute__((always_inline)) {
+      access.store(new_residual + k, access.load(x + k) + access.load(residual + k));
+    });
+    norm_fwd<TX, TY>(new_residual, y, weight, bias, eps, N, first, last, end, mean, rstd);
   }
 }
 }  // namespace gk::GK_ISA
@@ -55,13 +51,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
   const auto options = x.options().dtype(accumulator_dtype(x));
   Tensor y = at::empty(x.sizes(), x.options()), new_residual = at::empty(x.sizes(), residual.options());
   Tensor mean = at::empty(statistics_shape(x, num_dims), options), rstd = at::empty(mean.sizes(), options);
-  const Tensor w = column_factor(weight, N, x, 1), b = column_factor(bias, N, x, 0);
   dispatch_pair(residual, x, [&]<typename TX, typename TY>() {
     using A = Acc<TX>;
+    const Columns<A> w(weight, N, 1), b(bias, N, 0);
     for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((add_norm_fwd<TX, TY>));
       loop(x.const_data_ptr<TY>(), residual.const_data_ptr<TX>(), new_residual.mutable_data_ptr<TX>(), y.mutable_data_ptr<TY>(),
-           w.const_data_ptr<A>(), b.const_data_ptr<A>(), eps, N, begin, end, mean.mutable_data_ptr<A>(),
+           w.data(), b.data(), eps, N, begin, end, mean.mutable_data_ptr<A>(),
            rstd.mutable_data_ptr<A>());
     });
   });
@@ -81,24 +77,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   Tensor dx = at::empty(h.sizes(), h.options()), dweight, dbias;
   const bool narrow = dy.scalar_type() != h.scalar_type();
   Tensor dx_narrow = narrow ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
-  const Tensor w = column_factor(weight, N, h, 1);
   std::vector<Cell> cells(3 * programs);
   dispatch_pair(h, dy, [&]<typename TX, typename TY>() {
     using A = Acc<TX>;
-    ColumnSums<A> sums(weight, bias, h, N, programs, columns);
+    const Columns<A> w(weight, N, 1);
+    ColumnSums<TX> sums(weight, bias, M, N, programs, columns);
     for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
       const NormBackward<TX, TY> p{dy.const_data_ptr<TY>(),
                                    h.const_data_ptr<TX>(),
                                    dnew_residual.defined() ? dnew_residual.const_data_ptr<TX>() : nullptr,
-                                   w.const_data_ptr<A>(),
+                                   w.data(),
                                    mean.const_data_ptr<A>(),
                                    rstd.const_data_ptr<A>(),
                                    dx.mutable_data_ptr<TX>(),
                                    narrow ? dx_narrow.mutable_data_ptr<TY>() : nullptr,
                                    N};
-      const NormGradients<TX> out{sums.dweight(program), sums.dbias(program), &cells[3 * program]};
       const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
-      loop(p, stats.has_value(), begin, end, out);
+      loop(p, begin, end, sums.of(program, stats ? &cells[3 * program] : nullptr));
     });
     std::tie(dweight, dbias) = sums.finish(stats, 3, h);
   });

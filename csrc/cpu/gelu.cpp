@@ -36,6 +36,14 @@ namespace gk::GK_ISA {
 
 #include "measure.h"
 
+// What PyTorch answers where x is not finite: NaN for the slope and for y at -infinity; y at +infinity is infinity, but NaN in
+// the exact form of float32 and bfloat16, which PyTorch leaves to oneDNN.
+static GK_INLINE F nan_where_not_finite(F x, F result) { return result + x * 0.0f; }
+template <typename T, bool TANH>
+static GK_INLINE F at_infinity(F x, F y) {
+  return TANH || std::is_same_v<T, c10::Half> ? y : nan_where_not_finite(x, y);
+}
+
 #if GK_VECTOR_BYTES == 64
 // Where one instruction looks up 32 entries, y and the slope come from tables: see make_gelu_tables.py. bfloat16 takes the
 // cubic ones, whose error is a five-hundredth of its rounding.
@@ -53,20 +61,21 @@ static GK_INLINE F table(F magnitude_of_x, const float (&coefficients)[TERMS][32
   return result;
 }
 
-template <typename T>
-static GK_INLINE F gelu_value(F x, bool tanh) {
-  const F magnitude_of_x = lower_magnitude<float>(x, F{} + 7.8f);
-  const F r = std::is_same_v<T, c10::BFloat16> ? table(magnitude_of_x, tanh ? GELU_TANH_R3 : GELU_EXACT_R3)
-                                               : table(magnitude_of_x, tanh ? GELU_TANH_R5 : GELU_EXACT_R5);
-  return higher(F{}, x) - r;  // NaN stays NaN
+template <typename T, bool TANH>
+static GK_INLINE F gelu_value(F x) {
+  const F magnitude_of_x = lower(magnitude<float>(x), F{} + 7.8f);
+  const F r = std::is_same_v<T, c10::BFloat16> ? table(magnitude_of_x, TANH ? GELU_TANH_R3 : GELU_EXACT_R3)
+                                               : table(magnitude_of_x, TANH ? GELU_TANH_R5 : GELU_EXACT_R5);
+  const F step = (F)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, __m512{}, _CMP_GT_OQ), (__m512)(F{} + 1.0f));
+  return at_infinity<T, TANH>(x, x * step - r);  // 0 times -infinity and NaN is NaN
 }
 
-template <typename T>
-static GK_INLINE F gelu_slope(F x, bool tanh) {
-  const F magnitude_of_x = lower(F{} + 7.8f, magnitude<float>(x));  // NaN stays NaN
-  const F s = std::is_same_v<T, c10::BFloat16> ? table(magnitude_of_x, tanh ? GELU_TANH_S3 : GELU_EXACT_S3)
-                                               : table(magnitude_of_x, tanh ? GELU_TANH_S5 : GELU_EXACT_S5);
-  return x > 0.0f ? 1.0f - s : s;
+template <typename T, bool TANH>
+static GK_INLINE F gelu_slope(F x) {
+  const F magnitude_of_x = lower(magnitude<float>(x), F{} + 7.8f);
+  const F s = std::is_same_v<T, c10::BFloat16> ? table(magnitude_of_x, TANH ? GELU_TANH_S3 : GELU_EXACT_S3)
+                                               : table(magnitude_of_x, TANH ? GELU_TANH_S5 : GELU_EXACT_S5);
+  return nan_where_not_finite(x, x > 0.0f ? 1.0f - s : s);
 }
 #else
 struct Gelu {
@@ -76,7 +85,7 @@ struct Gelu {
 // P(-|x|) = e^{-x^2/2} Q(v) with v = a |x| / (1 + a |x|): a minimax fit of e^{x^2/2} P(-|x|), relative error 1.3e-8, its
 // constant term exact so that P is right to half a unit in the last place around zero. The same exponential is p(x).
 static GK_INLINE Gelu gelu_exact(F x) {
-  const F scaled = magnitude<float>(x) * 0.3252691328525543f;
+  const F scaled = lower(magnitude<float>(x), F{} + 1e30f) * 0.3252691328525543f;
   const F v = scaled / (scaled + 1.0f);
   F q = F{} + 0.0245537443f;
   q = q * v + -0.0743048896f;
@@ -111,69 +120,64 @@ static GK_INLINE Gelu gelu_tanh(F x) {
   return {x == x ? value : x, s + bounded * s * (e * s) * slope_u};
 }
 
-template <typename T>
-static GK_INLINE F gelu_value(F x, bool tanh) {
-  return tanh ? gelu_tanh(x).value : gelu_exact(x).value;
+template <typename T, bool TANH>
+static GK_INLINE F gelu_value(F x) {
+  return at_infinity<T, TANH>(x, TANH ? gelu_tanh(x).value : gelu_exact(x).value);
 }
-template <typename T>
-static GK_INLINE F gelu_slope(F x, bool tanh) {
-  return tanh ? gelu_tanh(x).slope : gelu_exact(x).slope;
+template <typename T, bool TANH>
+static GK_INLINE F gelu_slope(F x) {
+  return nan_where_not_finite(x, TANH ? gelu_tanh(x).slope : gelu_exact(x).slope);
 }
 #endif
 
-template <typename T>
-static GK_INLINE Vec<double> gelu_value(Vec<double> x, bool tanh) {
-  for (int64_t k = 0; k < WIDTH<double>; ++k) x[k] = gelu_double(x[k], tanh).value;
+template <typename T, bool TANH>
+static GK_INLINE Vec<double> gelu_value(Vec<double> x) {
+  for (int64_t k = 0; k < WIDTH<double>; ++k) x[k] = gelu_double(x[k], TANH).value;
   return x;
 }
-template <typename T>
-static GK_INLINE Vec<double> gelu_slope(Vec<double> x, bool tanh) {
-  for (int64_t k = 0; k < WIDTH<double>; ++k) x[k] = gelu_double(x[k], tanh).slope;
+template <typename T, bool TANH>
+static GK_INLINE Vec<double> gelu_slope(Vec<double> x) {
+  for (int64_t k = 0; k < WIDTH<double>; ++k) x[k] = gelu_double(x[k], TANH).slope;
   return x;
 }
 
 template <typename T, bool TANH>
 static GK_INLINE Pair<Acc<T>> value_at(Pair<Acc<T>> x) {
-  return {gelu_value<T>(x.a, TANH), gelu_value<T>(x.b, TANH)};
+  return {gelu_value<T, TANH>(x.a), gelu_value<T, TANH>(x.b)};
+}
+template <typename T, bool TANH>
+static GK_INLINE Vec<Acc<T>> value_at(Vec<Acc<T>> x) {
+  return gelu_value<T, TANH>(x);
 }
 template <typename T, bool TANH>
 static GK_INLINE Pair<Acc<T>> slope_at(Pair<Acc<T>> x) {
-  return {gelu_slope<T>(x.a, TANH), gelu_slope<T>(x.b, TANH)};
+  return {gelu_slope<T, TANH>(x.a), gelu_slope<T, TANH>(x.b)};
+}
+template <typename T, bool TANH>
+static GK_INLINE Vec<Acc<T>> slope_at(Vec<Acc<T>> x) {
+  return gelu_slope<T, TANH>(x);
 }
 
 template <typename T, bool TANH>
 static void gelu_fwd_range(const T* x, T* y, int64_t begin, int64_t end) {
-  int64_t k = begin;
-  for (; k + STEP<T> <= end; k += STEP<T>) store_pair(y + k, value_at<T, TANH>(load_pair(x + k)));
-  if (k < end) store_tail(y + k, value_at<T, TANH>(load_tail(x + k, end - k)), end - k);
+  for_each_vector<T>(begin, end, [&](auto access, int64_t k) __attribute__((always_inline)) {
+    access.store(y + k, value_at<T, TANH>(access.load(x + k)));
+  });
 }
 
-template <typename T, bool TANH, bool TELEMETRY>
-static void gelu_bwd_range(const T* dy_ptr, const T* x_ptr, T* dx_ptr, int64_t begin, int64_t end, Cell* cells) {
-  Measure<T> measure_dy, measure_dx;
-  for (int64_t first = begin; first < end; first += FOLD) {
-    const int64_t last = std::min(end, first + FOLD);
-    int64_t k = first;
-    for (; k + STEP<T> <= last; k += STEP<T>) {
-      store_pair(dx_ptr + k, load_pair(dy_ptr + k) * slope_at<T, TANH>(load_pair(x_ptr + k)));
-      if (TELEMETRY) {
-        add(measure_dy, dy_ptr + k);
-        add(measure_dx, dx_ptr + k);
-      }
-    }
-    if (k < last) {
-      const auto dx = load_tail(dy_ptr + k, last - k) * slope_at<T, TANH>(load_tail(x_ptr + k, last - k));
-      store_tail(dx_ptr + k, dx, last - k);
-      if (TELEMETRY) {
-        add_tail(measure_dy, dy_ptr + k, last - k);
-        add_tail(measure_dx, dx_ptr + k, last - k);
-      }
-    }
-    if (TELEMETRY) {
-      fold(measure_dy, dy_ptr + first, last - first, cells[0]);
-      fold(measure_dx, dx_ptr + first, last - first, cells[1]);
-    }
+template <typename T, bool TANH>
+static void gelu_bwd_range(const T* dy, const T* x, T* dx, int64_t begin, int64_t end, Cell* cells) {
+  Measure<T> measure_dy(cells), measure_dx(cells ? cells + 1 : nullptr);
+  for (int64_t first = begin; first < end; first += CHUNK) {
+    const int64_t last = std::min(end, first + CHUNK);
+    for_each_vector<T>(first, last, [&](auto access, int64_t k) __attribute__((always_inline)) {
+      access.store(dx + k, access.load(dy + k) * slope_at<T, TANH>(access.load(x + k)));
+    });
+    measure_dy.add(dy + first, last - first);
+    measure_dx.add(dx + first, last - first);
   }
+  measure_dy.finish(dy + end);
+  measure_dx.finish(dx + end);
 }
 
 template <typename T>
@@ -181,11 +185,10 @@ static void gelu_fwd(const T* x, T* y, bool tanh, int64_t begin, int64_t end) {
   tanh ? gelu_fwd_range<T, true>(x, y, begin, end) : gelu_fwd_range<T, false>(x, y, begin, end);
 }
 
+// cells: for dy and dx; null where nothing is measured.
 template <typename T>
-static void gelu_bwd(const T* dy, const T* x, T* dx, bool tanh, bool telemetry, int64_t begin, int64_t end, Cell* cells) {
-  const auto range = tanh ? (telemetry ? gelu_bwd_range<T, true, true> : gelu_bwd_range<T, true, false>)
-                          : (telemetry ? gelu_bwd_range<T, false, true> : gelu_bwd_range<T, false, false>);
-  range(dy, x, dx, begin, end, cells);
+static void gelu_bwd(const T* dy, const T* x, T* dx, bool tanh, int64_t begin, int64_t end, Cell* cells) {
+  tanh ? gelu_bwd_range<T, true>(dy, x, dx, begin, end, cells) : gelu_bwd_range<T, false>(dy, x, dx, begin, end, cells);
 }
 
 }  // namespace gk::GK_ISA
@@ -218,8 +221,8 @@ Tensor gelu_bwd(const Tensor& dy_any, const Tensor& x_any, bool tanh, const Opti
     const auto* x_ptr = x.const_data_ptr<scalar_t>();
     auto* dx_ptr = dx.mutable_data_ptr<scalar_t>();
     for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
-      GK_CHOOSE((gelu_bwd<scalar_t>))(dy_ptr, x_ptr, dx_ptr, tanh, stats.has_value(), begin * POINTWISE_BLOCK,
-                                      std::min(x.numel(), end * POINTWISE_BLOCK), &cells[2 * program]);
+      GK_CHOOSE((gelu_bwd<scalar_t>))(dy_ptr, x_ptr, dx_ptr, tanh, begin * POINTWISE_BLOCK,
+                                      std::min(x.numel(), end * POINTWISE_BLOCK), stats ? &cells[2 * program] : nullptr);
     });
   });
   record(stats, 0, cells.data(), 2, programs, x.numel());

@@ -22,13 +22,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const Opt
   const auto options = x.options().dtype(accumulator_dtype(x));
   Tensor y = at::empty(x.sizes(), x.options());
   Tensor mean = at::empty(statistics_shape(x, num_dims), options), rstd = at::empty(mean.sizes(), options);
-  const Tensor w = column_factor(weight, N, x, 1), b = column_factor(bias, N, x, 0);
   GK_DISPATCH(x.scalar_type(), "layer_norm_fwd", [&] {
     using A = Acc<scalar_t>;
+    const Columns<A> w(weight, N, 1), b(bias, N, 0);
     for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((norm_fwd<scalar_t, scalar_t>));
-      loop(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), w.const_data_ptr<A>(), b.const_data_ptr<A>(), eps, N,
-           begin, end, mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
+      loop(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), w.data(), b.data(), eps, N, begin, end, end,
+           mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
     });
   });
   return {y, mean, rstd};
@@ -40,24 +40,23 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Te
   const Tensor dy = dy_any.contiguous(), x = x_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N, programs = num_programs(M, N);
   Tensor dx = at::empty(x.sizes(), x.options()), dweight, dbias;
-  const Tensor w = column_factor(weight, N, x, 1);
   std::vector<Cell> cells(3 * programs);
   GK_DISPATCH(x.scalar_type(), "layer_norm_bwd", [&] {
     using A = Acc<scalar_t>;
-    ColumnSums<A> sums(weight, bias, x, N, programs, columns);
+    const Columns<A> w(weight, N, 1);
+    ColumnSums<scalar_t> sums(weight, bias, M, N, programs, columns);
     for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
       const NormBackward<scalar_t, scalar_t> p{dy.const_data_ptr<scalar_t>(),
                                                x.const_data_ptr<scalar_t>(),
                                                nullptr,
-                                               w.const_data_ptr<A>(),
+                                               w.data(),
                                                mean.const_data_ptr<A>(),
                                                rstd.const_data_ptr<A>(),
                                                dx.mutable_data_ptr<scalar_t>(),
                                                nullptr,
                                                N};
-      const NormGradients<scalar_t> out{sums.dweight(program), sums.dbias(program), &cells[3 * program]};
       const auto loop = GK_CHOOSE((norm_bwd<scalar_t, scalar_t>));
-      loop(p, stats.has_value(), begin, end, out);
+      loop(p, begin, end, sums.of(program, stats ? &cells[3 * program] : nullptr));
     });
     std::tie(dweight, dbias) = sums.finish(stats, 2, x);
   });

@@ -1,158 +1,249 @@
-// The statistics of a gradient, formed from the values that a backward loop already holds in registers.
+// The statistics of a gradient, formed from memory that a backward loop has just read or written, so that a value is measured
+// as stored, while it is in the first-level cache.
 // Included inside namespace gk::GK_ISA after vec.h, once per instruction set; no include guard.
 //
-// Per vector: one multiply-add for the sum of squares, one instruction for the running |max|, one for the running |min|.
-// Per block the lanes are folded into a Cell in float64. A block whose sum of squares is not safely inside float's range
-// (1e-30 or 1e+30 everywhere, an infinity, a NaN) is read again, exactly, in float64; a block whose smallest magnitude is
-// zero is read again to count its zeros.
+// Per vector: one multiply-add for the sum of squares, one instruction for the running |max|, two to count zeros. Per block the
+// lanes are folded into a Cell in float64. A chunk whose squares leave float's range (1e-30 or 1e+30 everywhere, an infinity, a
+// NaN) is measured again, and everything after it, in a careful loop that leaves out what is not finite, counts it, and squares
+// the elements times a power of two that brings them into range.
 
-// Elements between two folds: 256 additions to a float, whose rounding stays below 1e-5 even where all are equal.
-constexpr int64_t FOLD = 512 * WIDTH<float>;
+constexpr int64_t FOLD = 512 * WIDTH<float>;  // elements between two folds: 256 additions to a float, rounded below 1e-5
+constexpr int64_t CHUNK = 1024;               // elements that a loop hands over at a time, about: a few kB of each tensor
 
-// What add() takes is memory just read or just written, so that a value is measured as stored.
+// What is added up over a vector's lanes. Counters are vectors too, of integers as wide as T.
 template <typename T>
-struct Measure {
+struct Sums {
   using A = Acc<T>;
-  Pair<A> square_sum{};
-  Vec<A> largest{}, smallest = Vec<A>{} + std::numeric_limits<A>::infinity();
+  typedef typename Lanes<A>::integer Integer;
+  Pair<A> square_sum{}, largest{};
+  Integer zeros{}, nonfinite{};
 
-  GK_INLINE void add_sums(const T* p) {
+  template <bool CAREFUL>
+  GK_INLINE void add(const T* p, Vec<A> scale) {
     const Pair<A> v = load_pair(p);
-    square_sum += v * v;
-    largest = higher_magnitude<A>(v.b, higher_magnitude<A>(v.a, largest));
+    add_vector<CAREFUL>(v.a, scale, square_sum.a, largest.a);
+    add_vector<CAREFUL>(v.b, scale, square_sum.b, largest.b);
   }
-  GK_INLINE void add_smallest(const T* p) {
-    const Pair<A> v = load_pair(p);
-    smallest = lower_magnitude<A>(v.b, lower_magnitude<A>(v.a, smallest));
+  GK_INLINE A largest_magnitude() const { return max<A>(higher(largest.a, largest.b)); }
+
+ private:
+  template <bool CAREFUL>
+  GK_INLINE void add_vector(Vec<A> v, Vec<A> scale, Vec<A>& squares, Vec<A>& peak) {
+    count_if(zeros, where_zero((Integer)v, magnitude_bits<A>()));
+    if (CAREFUL) {
+      const auto outside = where_above((Integer)magnitude<A>(v), (Integer)broadcast<A>(std::numeric_limits<A>::max()));
+      count_if(nonfinite, outside);
+      v = (Vec<A>)zero_where(outside, (Integer)v);
+    }
+    peak = higher_magnitude<A>(v, peak);
+    if (CAREFUL) v *= scale;
+    squares += v * v;
   }
-  GK_INLINE A sum_of_squares() const { return sum<A>(square_sum); }
-  GK_INLINE A largest_magnitude() const { return max<A>(largest); }
-  GK_INLINE bool saw_zero() const { return min<A>(smallest) == 0; }
 };
 
-#ifdef GK_HAS_BF16
-// Both vectors of a pair at once: bfloat16 magnitudes order as 16-bit integers, and one instruction sums 32 squares. It takes
-// subnormals for zero and rounds the sum of two squares twice; neither shows at the precision of a block.
-template <>
-struct Measure<c10::BFloat16> {
-  typedef uint16_t Bits __attribute__((vector_size(GK_VECTOR_BYTES)));
-  F square_sum{};
-  Bits largest{}, smallest = Bits{} + 0x7fff;
-
-  GK_INLINE void add_sums(const c10::BFloat16* p) {
-    const Bits bits = load_as<Bits>(p);
-    square_sum = (F)_mm512_dpbf16_ps((__m512)square_sum, (__m512bh)bits, (__m512bh)bits);
-    largest = higher(largest, bits & 0x7fff);
-  }
-  GK_INLINE void add_smallest(const c10::BFloat16* p) { smallest = lower(smallest, load_as<Bits>(p) & 0x7fff); }
-  GK_INLINE float sum_of_squares() const { return sum<float>(square_sum); }
-  GK_INLINE float largest_magnitude() const {
-    const __m512i bits = (__m512i)largest;
-    const uint32_t high = _mm512_reduce_max_epu32(bits) >> 16, low = _mm512_reduce_max_epu32(_mm512_slli_epi32(bits, 16)) >> 16;
-    return c10::BFloat16(static_cast<uint16_t>(std::max(high, low)), c10::BFloat16::from_bits());
-  }
-  GK_INLINE bool saw_zero() const { return _mm512_testn_epi16_mask((__m512i)smallest, (__m512i)smallest) != 0; }
-};
-#endif
-
+// 16-bit elements are looked at as integers, a pair of vectors at once: their magnitudes order as these do.
 template <typename T>
-static GK_INLINE void add(Measure<T>& measure, const T* p) {
-  measure.add_sums(p);
-  measure.add_smallest(p);
-}
+struct Sums16 {
+  typedef int16_t Integer __attribute__((vector_size(GK_VECTOR_BYTES)));
+  static constexpr int16_t INFINITE = std::is_same_v<T, c10::Half> ? 0x7c00 : 0x7f80;
+  Pair<float> square_sum{};
+  Integer largest{}, zeros{}, nonfinite{};
 
-// The same for the last `count` < STEP elements of a row. Zeros fill up the pair for the sums, and p[0] for the minimum.
-template <typename T>
-static GK_INLINE void add_tail(Measure<T>& measure, const T* p, int64_t count) {
-  T padded[STEP<T>] = {};
-  std::copy(p, p + count, padded);
-  measure.add_sums(padded);
-  std::fill(padded + count, padded + STEP<T>, p[0]);
-  measure.add_smallest(padded);
-}
-
-template <typename T>
-static int64_t count_zeros(const T* p, int64_t count) {
-  int64_t zeros = 0;
-  if constexpr (sizeof(T) == 2) {
-    const auto* bits = reinterpret_cast<const uint16_t*>(p);
-    for (int64_t k = 0; k < count; ++k) zeros += (bits[k] & 0x7fff) == 0;
-  } else {
-    for (int64_t k = 0; k < count; ++k) zeros += p[k] == 0;
-  }
-  return zeros;
-}
-
-// Adds squares, largest magnitude and the number of non-finite elements of p[0 .. count), each exact to float64.
-template <typename T>
-static void measure_exactly(const T* p, int64_t count, Cell& cell) {
-  typedef float HalfVector __attribute__((vector_size(GK_VECTOR_BYTES / 2)));
-  typedef Lanes<float>::integer Integer;
-  Vec<double> square_sum{};
-  F largest{};
-  Integer nonfinite{};
-  for (int64_t k = 0; k < count; k += WIDTH<float>) {
-    F v = magnitude<float>(k + WIDTH<float> <= count ? load(p + k) : load_tail(p + k, count - k).a);
-    const Integer finite = v <= std::numeric_limits<float>::max();  // -1 where true
-    nonfinite += 1 + finite;
-    v = (F)((Integer)v & finite);
-    largest = higher(v, largest);
-    HalfVector halves[2];
-    __builtin_memcpy(halves, &v, sizeof(v));
-    for (const HalfVector& half : halves) {
-      const auto wide = __builtin_convertvector(half, Vec<double>);
-      square_sum += wide * wide;
-    }
-  }
-  cell.square_sum += sum<double>(square_sum);
-  cell.abs_max = std::max(cell.abs_max, static_cast<double>(max<float>(largest)));
-  for (int64_t k = 0; k < WIDTH<float>; ++k) cell.nonfinite_count += nonfinite[k];
-}
-template <>
-void measure_exactly(const double* p, int64_t count, Cell& cell) {
-  constexpr double SMALL = 0x1p-480, LARGE = 0x1p480, SCALE = 0x1p537;  // see Cell
-  for (int64_t k = 0; k < count; ++k) {
-    const double v = std::fabs(p[k]);
-    if (!(v <= std::numeric_limits<double>::max())) {
-      cell.nonfinite_count += 1;
-      continue;
-    }
-    cell.abs_max = std::max(cell.abs_max, v);
-    if (v > LARGE) {
-      cell.square_sum_huge += (v / SCALE) * (v / SCALE);
-    } else if (v < SMALL) {
-      cell.square_sum_tiny += (v * SCALE) * (v * SCALE);
+  template <bool CAREFUL>
+  GK_INLINE void add(const T* p, F scale) {
+    Integer bits = load_as<Integer>(p), magnitudes = bits & 0x7fff;
+    count_if(zeros, where_zero(magnitudes, magnitudes));
+    if (CAREFUL) {
+      const auto outside = where_above(magnitudes, Integer{} + int16_t(INFINITE - 1));
+      count_if(nonfinite, outside);
+      bits = zero_where(outside, bits);
+      magnitudes = zero_where(outside, magnitudes);
+      const Pair<float> v = floats(bits) * scale;
+      square_sum += v * v;
     } else {
-      cell.square_sum += v * v;
+      add_squares(p, bits);
+    }
+    largest = higher(largest, magnitudes);
+  }
+  GK_INLINE float largest_magnitude() const {
+    int16_t lanes[STEP<T>], peak = 0;
+    __builtin_memcpy(lanes, &largest, sizeof(largest));
+    for (int64_t k = 0; k < STEP<T>; ++k) peak = std::max(peak, lanes[k]);
+    return T(static_cast<uint16_t>(peak), T::from_bits());
+  }
+
+ private:
+  // In no order that matters to a sum: the elements at even and those at odd places.
+  static GK_INLINE Pair<float> floats(Integer bits) {
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      typedef Lanes<float>::bits Bits;
+      return {(F)((Bits)bits << 16), (F)((Bits)bits & 0xffff0000u)};
+    } else {
+      T copy[STEP<T>];
+      __builtin_memcpy((void*)copy, &bits, sizeof(bits));
+      return load_pair(copy);
     }
   }
-}
-
-// Adds a block to the cell and starts the next one. `p` is the block's memory: p[0 .. count), the values as stored.
-template <typename T>
-static void fold(Measure<T>& measure, const T* p, int64_t count, Cell& cell) {
-  using A = Acc<T>;
-  constexpr A SMALLEST_SAFE = sizeof(A) == 4 ? A(0x1p-60) : A(0x1p-900);  // squares lost below it do not show in the sum
-  const A square_sum = measure.sum_of_squares();
-  if (square_sum >= SMALLEST_SAFE && square_sum <= std::numeric_limits<A>::max()) {
-    cell.square_sum += static_cast<double>(square_sum);
-    cell.abs_max = std::max(cell.abs_max, static_cast<double>(measure.largest_magnitude()));
-  } else {
-    measure_exactly(p, count, cell);
+  GK_INLINE void add_squares([[maybe_unused]] const T* p, [[maybe_unused]] Integer bits) {
+#ifdef GK_HAS_BF16
+    // One instruction sums 32 squares. It takes subnormals for zero and rounds the sum of two squares twice; neither shows at
+    // the precision of a block.
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      square_sum.a = (F)_mm512_dpbf16_ps((__m512)square_sum.a, (__m512bh)bits, (__m512bh)bits);
+      return;
+    }
+#endif
+    const Pair<float> v = std::is_same_v<T, c10::Half> ? load_pair(p) : floats(bits);
+    square_sum += v * v;
   }
-  if (measure.saw_zero()) cell.zero_count += static_cast<double>(count_zeros(p, count));
-  measure = Measure<T>{};
+};
+template <>
+struct Sums<c10::BFloat16> : Sums16<c10::BFloat16> {};
+template <>
+struct Sums<c10::Half> : Sums16<c10::Half> {};
+
+template <typename Counter>
+static double total_of(Counter counter) {
+  typedef std::remove_reference_t<decltype(counter[0])> Lane;
+  Lane lanes[sizeof(Counter) / sizeof(Lane)];
+  __builtin_memcpy(lanes, &counter, sizeof(counter));
+  int64_t total = 0;
+  for (const Lane lane : lanes) total += lane;
+  return static_cast<double>(total);
 }
 
-// The statistics of p[0 .. count), for tensors that no kernel's loop holds in registers.
+// Adds s 2^(-2 exponent), a sum of squares of elements of about 2^-exponent at most: see Cell.
+template <typename A>
+static void add_square_sum(Cell& cell, double s, int exponent) {
+  if (sizeof(A) == 4 || std::abs(exponent) <= 480) {
+    cell.square_sum += std::ldexp(s, -2 * exponent);
+  } else if (exponent > 0) {
+    cell.square_sum_tiny += std::ldexp(s, 1074 - 2 * exponent);
+  } else {
+    cell.square_sum_huge += std::ldexp(s, -1074 - 2 * exponent);
+  }
+}
+
+// Measures an array that is handed over piece by piece, one piece where the last one ended. Without a cell it does nothing.
+template <typename T>
+class Measure {
+ public:
+  explicit Measure(Cell* cell) : cell_(cell) {}
+
+  void add(const T* p, int64_t count) {
+    if (!cell_) return;
+    while (count > 0) {
+      const int64_t here = std::min(count, FOLD - pending_);
+      add_chunk(p, here);
+      p += here;
+      count -= here;
+      if (pending_ == FOLD) fold(p);
+    }
+  }
+  // `end`: where the array ends.
+  void finish(const T* end) {
+    if (cell_ && pending_ > 0) fold(end);
+  }
+
+ private:
+  using A = Acc<T>;
+  static constexpr bool DOUBLE = sizeof(A) == 8;
+  // Between these limits no square that was lost shows in the sum, and no sum of blocks overflows.
+  static constexpr A SMALLEST = DOUBLE ? A(0x1p-900) : A(0x1p-90), LARGEST = DOUBLE ? A(0x1p960) : A(0x1p127);
+
+  void add_chunk(const T* p, int64_t count) {
+    if (!careful_) {
+      const Sums<T> sums = added<false>(p, count);
+      const A squares = sum<A>(sums.square_sum);
+      if (squares <= LARGEST && (pending_ > 0 || in_range(squares, sums))) return keep(sums, count);
+      careful_ = true;
+      if (pending_ == 0) set_exponent(largest_magnitude(p, count));
+    }
+    keep(added<true>(p, count), count);
+  }
+  static bool in_range(A squares, const Sums<T>& sums) {
+    return (squares >= SMALLEST && squares <= LARGEST) || (squares == 0 && sums.largest_magnitude() == 0);
+  }
+  void keep(const Sums<T>& sums, int64_t count) {
+    sums_ = sums;
+    pending_ += count;
+    padding_ += (STEP<T> - count % STEP<T>) % STEP<T>;
+  }
+
+  template <bool CAREFUL>
+  GK_INLINE Sums<T> added(const T* p, int64_t count) const {
+    Sums<T> sums = sums_;
+    const Vec<A> scale = broadcast<A>(scale_);
+    int64_t k = 0;
+    for (; k + STEP<T> <= count; k += STEP<T>) sums.template add<CAREFUL>(p + k, scale);
+    if (k < count) {
+      T padded[STEP<T>] = {};
+      std::copy(p + k, p + count, padded);
+      sums.template add<CAREFUL>(padded, scale);
+    }
+    return sums;
+  }
+
+  static A largest_magnitude(const T* p, int64_t count) {
+    A peak = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const A v = std::fabs(static_cast<A>(p[k]));
+      if (v <= std::numeric_limits<A>::max()) peak = std::max(peak, v);
+    }
+    return peak;
+  }
+  // Squares are taken of elements times 2^exponent_, which brings magnitudes of about `peak` to one where they are far from it.
+  void set_exponent(A peak) {
+    constexpr int NEAR_ONE = DOUBLE ? 400 : 40, MOST = DOUBLE ? 1000 : 100;
+    const int exponent = peak == 0 ? 0 : -std::ilogb(peak);
+    exponent_ = std::abs(exponent) <= NEAR_ONE ? 0 : std::max(-MOST, std::min(MOST, exponent));
+    scale_ = std::ldexp(A(1), exponent_);
+  }
+
+  void fold(const T* end) {
+    const A squares = sum<A>(sums_.square_sum), peak = sums_.largest_magnitude();
+    if (in_range(squares, sums_)) {
+      add_square_sum<A>(*cell_, static_cast<double>(squares), exponent_);
+    } else {
+      add_each_square(end - pending_, pending_);
+      careful_ = true;
+    }
+    if (careful_) set_exponent(peak);
+    cell_->abs_max = std::max(cell_->abs_max, static_cast<double>(peak));
+    cell_->zero_count += total_of(sums_.zeros) - static_cast<double>(padding_);
+    cell_->nonfinite_count += total_of(sums_.nonfinite);
+    sums_ = Sums<T>{};
+    pending_ = padding_ = 0;
+  }
+
+  // The squares of a block whose magnitudes no one scale suits.
+  void add_each_square(const T* p, int64_t count) {
+    constexpr double TINY = 0x1p-480, HUGE_ONE = 0x1p480, SCALE = 0x1p537;  // see Cell
+    for (int64_t k = 0; k < count; ++k) {
+      const double v = std::fabs(static_cast<double>(p[k]));
+      if (!(v <= std::numeric_limits<double>::max())) continue;
+      if (v > HUGE_ONE) {
+        cell_->square_sum_huge += (v / SCALE) * (v / SCALE);
+      } else if (v < TINY) {
+        cell_->square_sum_tiny += (v * SCALE) * (v * SCALE);
+      } else {
+        cell_->square_sum += v * v;
+      }
+    }
+  }
+
+  Cell* cell_;
+  Sums<T> sums_;
+  bool careful_ = false;
+  int exponent_ = 0;
+  A scale_ = 1;
+  int64_t pending_ = 0, padding_ = 0;  // elements since the last fold, and the zeros that filled up their last vectors
+};
+
+// The statistics of p[0 .. count), for tensors that no kernel's loop has at hand.
 template <typename T>
 static void measure_array(const T* p, int64_t count, Cell& cell) {
-  Measure<T> measure;
-  for (int64_t begin = 0; begin < count; begin += FOLD) {
-    const int64_t end = std::min(count, begin + FOLD);
-    int64_t k = begin;
-    for (; k + STEP<T> <= end; k += STEP<T>) add(measure, p + k);
-    if (k < end) add_tail(measure, p + k, end - k);
-    fold(measure, p + begin, end - begin, cell);
-  }
+  Measure<T> measure(&cell);
+  measure.add(p, count);
+  measure.finish(p + count);
 }

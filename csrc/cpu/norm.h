@@ -2,8 +2,9 @@
 // accumulators a program, summed in the programs' order.
 #pragma once
 
-#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+
+#include <utility>
 
 #include "../common.h"
 
@@ -15,14 +16,23 @@ struct NormBackward {
   const TX *x, *dresidual;  // dresidual: null where no gradient arrives beside dy
   const Acc<TX>*weight, *mean, *rstd;
   TX* dx;
-  TY* dx_narrow;  // dx again in dy's dtype; null where both dtypes are the same
+  TY* dx_narrow;  // dx again in dy's dtype; null where one is enough
   int64_t N;
 };
 
 template <typename TX>
 struct NormGradients {
-  Acc<TX>*dweight, *dbias;  // this program's column sums, N each; both or neither
-  Cell* cells;              // this program's statistics: dy, dresidual, dx
+  // This program's column sums of its last rows, in columns that go on up to a multiple of COLUMN_PADDING; both or neither.
+  Acc<TX>*dweight, *dbias;
+  double *dweight_total, *dbias_total;  // of the rows before, N each; null where the program has few rows
+  Cell* cells;                          // this program's statistics: dy, dresidual, dx; null where nothing is measured
+
+  void fold_columns(int64_t N) const {
+    for (int64_t k = 0; k < N; ++k) {
+      dweight_total[k] += std::exchange(dweight[k], Acc<TX>(0));
+      dbias_total[k] += std::exchange(dbias[k], Acc<TX>(0));
+    }
+  }
 };
 
 // mean and rstd have x's leading dimensions followed by num_dims ones.
@@ -39,74 +49,88 @@ inline int64_t num_columns(const Tensor& x, int64_t num_dims) {
 // dweight and dbias accumulate in float32, in float64 for float64 tensors.
 inline at::ScalarType accumulator_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// A contiguous row of N numbers in another dtype. A loop: at small sizes a call of Tensor::to would cost more than the norm.
-inline Tensor converted(const Tensor& any, at::ScalarType dtype) {
-  const Tensor source = any.contiguous();
-  if (source.scalar_type() == dtype) return source;
-  Tensor result = at::empty(source.sizes(), source.options().dtype(dtype));
-  GK_DISPATCH(source.scalar_type(), "norm", [&] {
-    const auto* from = source.const_data_ptr<scalar_t>();
-    GK_DISPATCH(dtype, "norm", [&] {
-      auto* to = result.mutable_data_ptr<scalar_t>();
-      for (int64_t k = 0; k < source.numel(); ++k) to[k] = static_cast<scalar_t>(from[k]);
-    });
-  });
-  return result;
-}
+constexpr int64_t COLUMN_PADDING = 32;    // columns: a multiple of what a loop takes at a time, on any instruction set
+constexpr int64_t ROWS_OF_A_SUM = 1024;   // rows whose column sums are added up in the accumulator's dtype
+inline int64_t padded_columns(int64_t N) { return (N + COLUMN_PADDING - 1) / COLUMN_PADDING * COLUMN_PADDING; }
 
-// A contiguous weight or bias in the accumulator's dtype; `otherwise` in every column where there is none.
-inline Tensor column_factor(const OptionalTensor& values, int64_t N, const Tensor& x, double otherwise) {
-  const auto dtype = accumulator_dtype(x);
-  if (values) return converted(*values, dtype);
-  return otherwise == 0 ? at::zeros({N}, x.options().dtype(dtype)) : at::ones({N}, x.options().dtype(dtype));
-}
-
+// A weight or bias as the loops read it: in the accumulator's dtype, and behind its N numbers zeros up to padded_columns(N).
+// Where there is none, `otherwise` in every column.
 template <typename A>
+class Columns {
+ public:
+  Columns(const OptionalTensor& given, int64_t N, A otherwise) {
+    if (given) given_ = given->contiguous();
+    if (given && given_.scalar_type() == c10::CppTypeToScalarType<A>::value && N == padded_columns(N)) {
+      data_ = given_.template const_data_ptr<A>();
+      return;
+    }
+    copy_.resize(padded_columns(N));
+    data_ = copy_.data();
+    if (!given) {
+      std::fill_n(copy_.begin(), N, otherwise);
+      return;
+    }
+    GK_DISPATCH(given_.scalar_type(), "norm", [&] {
+      const auto* from = given_.template const_data_ptr<scalar_t>();
+      for (int64_t k = 0; k < N; ++k) copy_[k] = static_cast<A>(from[k]);
+    });
+  }
+  const A* data() const { return data_; }
+
+ private:
+  Tensor given_;
+  std::vector<A> copy_;
+  const A* data_;
+};
+
+// dweight and dbias: one pair of accumulators a program, added up in the programs' order.
+template <typename TX>
 class ColumnSums {
  public:
-  ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x, int64_t N, int64_t programs,
-             bool wanted)
-      : weight_(weight), bias_(bias), N_(N), programs_(programs), wanted_(wanted && (weight || bias)) {
-    if (!wanted_) return;
-    const auto& shaped = weight ? *weight : *bias;
-    dweight_ = at::zeros(shaped.sizes(), x.options().dtype(accumulator_dtype(x)));
-    dbias_ = at::zeros(shaped.sizes(), x.options().dtype(accumulator_dtype(x)));
-    further_.resize(2 * N * (programs - 1));
+  ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t programs, bool wanted)
+      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), programs_(programs) {
+    if (!wanted || !(weight || bias)) return;
+    recent_.resize(2 * programs * padded_);
+    if (M > ROWS_OF_A_SUM) total_.resize(2 * programs * N);
   }
 
-  A* dweight(int64_t program) { return accumulator(dweight_, program, 0); }
-  A* dbias(int64_t program) { return accumulator(dbias_, program, N_); }
+  NormGradients<TX> of(int64_t program, Cell* cells) {
+    if (recent_.empty()) return {nullptr, nullptr, nullptr, nullptr, cells};
+    A* recent = recent_.data() + 2 * program * padded_;
+    double* total = total_.empty() ? nullptr : total_.data() + 2 * program * N_;
+    return {recent, recent + padded_, total, total ? total + N_ : nullptr, cells};
+  }
 
   // (dweight, dbias) in the dtype of weight and bias, measured as stored; a tensor of no elements where not wanted.
   std::tuple<Tensor, Tensor> finish(const OptionalTensor& stats, int64_t dweight_port, const Tensor& x) {
-    for (int64_t p = 1; wanted_ && p < programs_; ++p) {
-      add(dweight(0), dweight(p));
-      add(dbias(0), dbias(p));
-    }
-    return {finish_one(dweight_, weight_, stats, dweight_port, x), finish_one(dbias_, bias_, stats, dweight_port + 1, x)};
+    return {finish_one(weight_, 0, stats, dweight_port, x), finish_one(bias_, 1, stats, dweight_port + 1, x)};
   }
 
  private:
-  A* accumulator(Tensor& first, int64_t program, int64_t offset) {
-    if (!wanted_) return nullptr;
-    return program == 0 ? first.mutable_data_ptr<A>() : further_.data() + 2 * N_ * (program - 1) + offset;
-  }
-  void add(A* total, const A* part) {
-    for (int64_t k = 0; k < N_; ++k) total[k] += part[k];
-  }
-  Tensor finish_one(const Tensor& total, const OptionalTensor& parameter, const OptionalTensor& stats, int64_t port,
-                    const Tensor& x) {
-    if (!wanted_ || !parameter) return at::empty({0}, x.options());
-    Tensor gradient = converted(total, parameter->scalar_type());
+  using A = Acc<TX>;
+
+  Tensor finish_one(const OptionalTensor& parameter, int64_t which, const OptionalTensor& stats, int64_t port, const Tensor& x) {
+    if (recent_.empty() || !parameter) return at::empty({0}, x.options());
+    Tensor gradient = at::empty(parameter->sizes(), parameter->options());
+    GK_DISPATCH(gradient.scalar_type(), "norm", [&] {
+      auto* to = gradient.template mutable_data_ptr<scalar_t>();
+      for (int64_t k = 0; k < N_; ++k) {
+        double sum = 0;
+        for (int64_t p = 0; p < programs_; ++p) {
+          sum += static_cast<double>(recent_[(2 * p + which) * padded_ + k]);
+          if (!total_.empty()) sum += total_[(2 * p + which) * N_ + k];
+        }
+        to[k] = static_cast<scalar_t>(sum);
+      }
+    });
     if (stats) measure(gradient, *stats, port);
     return gradient;
   }
 
   const OptionalTensor &weight_, &bias_;
-  int64_t N_, programs_;
-  bool wanted_;
-  Tensor dweight_, dbias_;
-  std::vector<A> further_;  // programs 1, 2, ...: dweight then dbias of each
+  int64_t N_, padded_, programs_;
+  std::vector<A> recent_;       // of each program: dweight, dbias
+  std::vector<double> total_;
 };
 
 }  // namespace gk

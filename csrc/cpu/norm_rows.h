@@ -1,225 +1,220 @@
 // Rows of LayerNorm (Ba, Kiros and Hinton 2016), shared by layer_norm and add_layer_norm.
 //   x_hat = (x - mean) rstd,  y = x_hat weight + bias
-//   g = dy weight,  dx = rstd (g - sum(g) / N - x_hat sum(g x_hat) / N) [+ dresidual],  dweight = sum_M(dy x_hat),  dbias =
-//   sum_M(dy)
+//   g = dy weight,  dx = rstd (g - sum(g) / N - x_hat sum(g x_hat) / N) [+ dresidual],
+//   dweight = sum_M(dy x_hat),  dbias = sum_M(dy)
 // Included inside namespace gk::GK_ISA after measure.h, once per instruction set; no include guard.
 // One program owns a contiguous range of rows and walks them ROWS at a time, so that the column accumulators are read
-// and written once for ROWS rows. weight, bias and the accumulators are float (double for double tensors).
+// and written once for ROWS rows. weight, bias and the accumulators are float (double for double tensors), and go on behind the
+// last column in whole vectors: see Columns.
 // TX is the dtype of x and dx, TY that of y and dy; they differ only for a float32 residual stream.
 
 constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 2 : 1;
+constexpr int64_t SPAN = 256 * STEP<float>;  // elements that are summed in float: 256 additions a lane
 
-// One row forward: x[0 .. N) -> y, mean, rstd. The mean is corrected by the mean of x - mean, so that a large offset costs
-// nothing; the variance is the second pass over x - mean.
-template <typename TX, typename TY, int R>
-static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, Acc<TX> eps, int64_t N,
-                                    Acc<TX>* mean, Acc<TX>* rstd) {
-  using A = Acc<TX>;
-  const int64_t whole = N - N % STEP<TX>, tail = N - whole;
-  Pair<A> total[R]{}, first[R]{}, second[R]{}, centre[R], shift[R], scale[R];
-  for (int64_t k = 0; k < whole; k += STEP<TX>) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) total[r] += load_pair(x + r * N + k);
-  }
-  for (int r = 0; r < R; ++r) {
-    if (tail) total[r] += load_tail(x + r * N + whole, tail);
-    centre[r] = pair<A>(sum<A>(total[r]) / A(N));
-  }
-  for (int64_t k = 0; k < whole; k += STEP<TX>) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      const Pair<A> d = load_pair(x + r * N + k) - centre[r];
-      first[r] += d;
-      second[r] += d * d;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int64_t k = whole; k < N; ++k) {
-      const A d = static_cast<A>(x[r * N + k]) - centre[r].a[0];
-      first[r].a[0] += d;
-      second[r].a[0] += d * d;
-    }
-    const A correction = sum<A>(first[r]) / A(N);
-    const A variance = sum<A>(second[r]) / A(N) - correction * correction;
-    rstd[r] = A(1) / std::sqrt((variance > 0 ? variance : variance - variance) + eps);
-    mean[r] = centre[r].a[0] + correction;
-    shift[r] = pair<A>(correction);
-    scale[r] = pair<A>(rstd[r]);
-  }
-  for (int64_t k = 0; k < whole; k += STEP<TX>) {
-    const Pair<A> w = load_pair(weight + k), b = load_pair(bias + k);
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
-      store_pair(y + r * N + k, ((load_pair(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
-  }
-  if (tail) {
-    const Pair<A> w = load_tail(weight + whole, tail), b = load_tail(bias + whole, tail);
-    for (int r = 0; r < R; ++r) {
-      const Pair<A> x_hat = ((load_tail(x + r * N + whole, tail) - centre[r]) - shift[r]) * scale[r];
-      store_tail(y + r * N + whole, x_hat * w + b, tail);
-    }
-  }
-}
+// Where the vectors of a row start: pairs below `whole`, then one or two single ones.
+template <typename T>
+struct RowShape {
+  // room: whether a vector may read and write beyond the last column, into the next row.
+  GK_INLINE RowShape(int64_t N, bool room)
+      : N(N), whole(N - N % STEP<T>), first(std::min(N - whole, WIDTH<Acc<T>>), room), second(N - whole - WIDTH<Acc<T>>, room) {}
 
-template <typename TX, typename TY>
-struct NormMeasures {
-  Measure<TY> dy;
-  Measure<TX> dresidual, dx;
+  // Calls body(access, k) for the vectors that start in columns [begin, min(N, begin + SPAN)).
+  template <typename Body>
+  GK_INLINE void for_each_vector(int64_t begin, const Body& body) const {
+    const int64_t end = std::min(whole, begin + SPAN);
+    for (int64_t k = begin; k < end; k += STEP<T>) body(Whole<T>(), k);
+    if (end < whole || whole == N) return;
+    body(first, whole);
+    if (N - whole > WIDTH<Acc<T>>) body(second, whole + WIDTH<Acc<T>>);
+  }
+  template <typename Body>
+  GK_INLINE void for_each_vector(const Body& body) const {
+    for (int64_t begin = 0; begin == 0 || begin < whole; begin += SPAN) for_each_vector(begin, body);
+  }
+
+  int64_t N, whole;
+  Part<T> first, second;
 };
 
-// The sums over columns of ROWS rows: adds to dweight, dbias and `measure`, returns the row means of g and g x_hat.
-template <typename TX, typename TY, int R, bool TELEMETRY, bool COLUMNS>
-static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Pair<Acc<TX>>* mean,
-                                    const Pair<Acc<TX>>* rstd, int64_t N, const NormGradients<TX>& out, Measure<TY>& measure,
-                                    Pair<Acc<TX>>* mean_g, Pair<Acc<TX>>* mean_gx) {
-  using A = Acc<TX>;
-  const int64_t whole = N - N % STEP<TX>, tail = N - whole;
-  Pair<A> sum_g[R]{}, sum_gx[R]{};
-  Measure<TY> local = measure;
-  for (int64_t k = 0; k < whole; k += STEP<TX>) {
-    const Pair<A> w = load_pair(weight + k);
-    Pair<A> column_dy{}, column_dyx{};
+// The sums of R rows: vectors in float over SPAN columns, and their totals in double.
+template <typename A, int R>
+struct RowSums {
+  Pair<A> recent[R]{};
+  double total[R]{};
+
+  GK_INLINE void fold() {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      const Pair<A> dy = load_pair(dy_ptr + r * N + k);
-      const Pair<A> x_hat = (load_pair(x_ptr + r * N + k) - mean[r]) * rstd[r];
-      const Pair<A> g = dy * w;
-      sum_g[r] += g;
-      sum_gx[r] += g * x_hat;
-      if (COLUMNS) {
-        column_dy += dy;
-        column_dyx += dy * x_hat;
+      total[r] += static_cast<double>(sum<A>(recent[r]));
+      recent[r] = Pair<A>{};
+    }
+  }
+};
+
+// R rows forward: x[0 .. R N) -> y, mean, rstd. The mean is corrected by the mean of x - mean, so that a large offset costs
+// nothing; the variance is the second pass over x - mean.
+template <typename TX, typename TY, int R>
+static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, Acc<TX> eps,
+                                    const RowShape<TX>& row, Acc<TX>* mean, Acc<TX>* rstd) {
+  using A = Acc<TX>;
+  const int64_t N = row.N;
+  const double one_column = 1.0 / static_cast<double>(N);
+  RowSums<A, R> sums, first, second;
+  Vec<A> centre[R], shift[R], scale[R];
+  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
+    row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) sums.recent[r] += access.load(x + r * N + k);
+    });
+    sums.fold();
+  }
+  for (int r = 0; r < R; ++r) centre[r] = broadcast<A>(static_cast<A>(sums.total[r] * one_column));
+  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
+    row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const auto d = access.keep(access.load(x + r * N + k) - centre[r]);
+        first.recent[r] += d;
+        second.recent[r] += d * d;
       }
-      if (TELEMETRY) add(local, dy_ptr + r * N + k);
-    }
-    if (COLUMNS) {
-      store_pair(out.dweight + k, load_pair(out.dweight + k) + column_dyx);
-      store_pair(out.dbias + k, load_pair(out.dbias + k) + column_dy);
-    }
+    });
+    first.fold();
+    second.fold();
   }
   for (int r = 0; r < R; ++r) {
-    if (tail) {
-      const Pair<A> dy = load_tail(dy_ptr + r * N + whole, tail);
-      const Pair<A> x_hat = (load_tail(x_ptr + r * N + whole, tail) - mean[r]) * rstd[r];
-      const Pair<A> g = dy * load_tail(weight + whole, tail);
-      sum_g[r] += g;  // the lanes beyond the row hold dy = 0
-      sum_gx[r] += g * x_hat;
-      if (COLUMNS) {
-        store_tail(out.dweight + whole, load_tail(out.dweight + whole, tail) + dy * x_hat, tail);
-        store_tail(out.dbias + whole, load_tail(out.dbias + whole, tail) + dy, tail);
-      }
-      if (TELEMETRY) add_tail(local, dy_ptr + r * N + whole, tail);
-    }
-    mean_g[r] = pair<A>(sum<A>(sum_g[r]) / A(N));
-    mean_gx[r] = pair<A>(sum<A>(sum_gx[r]) / A(N));
+    const A correction = static_cast<A>(first.total[r] * one_column);
+    const A variance = static_cast<A>(second.total[r] * one_column) - correction * correction;
+    rstd[r] = A(1) / std::sqrt((variance > 0 ? variance : variance - variance) + eps);
+    mean[r] = centre[r][0] + correction;
+    shift[r] = broadcast<A>(correction);
+    scale[r] = broadcast<A>(rstd[r]);
   }
-  measure = local;
+  row.for_each_vector([&](auto access, int64_t k) __attribute__((always_inline)) {
+    const auto w = access.load_column(weight + k), b = access.load_column(bias + k);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+      access.store(y + r * N + k, ((access.load(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
+  });
 }
 
-template <typename TX, typename TY, int R, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
-static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, const NormGradients<TX>& out,
-                                    NormMeasures<TX, TY>& measure) {
+// The sums over columns of R rows: adds to dweight and dbias, returns the row means of g and g x_hat.
+template <typename TX, typename TY, int R, bool COLUMNS>
+static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Vec<Acc<TX>>* mean,
+                                    const Vec<Acc<TX>>* rstd, const RowShape<TX>& row, const NormGradients<TX>& out,
+                                    Vec<Acc<TX>>* mean_g, Vec<Acc<TX>>* mean_gx) {
   using A = Acc<TX>;
-  const int64_t N = p.N, whole = N - N % STEP<TX>, tail = N - whole;
-  const TY* dy_ptr = p.dy + row * N;
-  const TX *x_ptr = p.x + row * N, *dresidual_ptr = RESIDUAL ? p.dresidual + row * N : nullptr;
-  TX* dx_ptr = p.dx + row * N;
-  Pair<A> mean[R], rstd[R], mean_g[R], mean_gx[R];
-  for (int r = 0; r < R; ++r) {
-    mean[r] = pair<A>(p.mean[row + r]);
-    rstd[r] = pair<A>(p.rstd[row + r]);
+  const int64_t N = row.N;
+  const double one_column = 1.0 / static_cast<double>(N);
+  RowSums<A, R> sum_g, sum_gx;
+  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
+    row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
+      const auto w = access.load_column(weight + k);
+      auto column_dy = w, column_dyx = w;
+      if (COLUMNS) column_dy = access.load_column(out.dbias + k), column_dyx = access.load_column(out.dweight + k);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const auto dy = access.load(dy_ptr + r * N + k);  // zero beyond the last column
+        const auto x_hat = (access.load(x_ptr + r * N + k) - mean[r]) * rstd[r];
+        const auto g = dy * w;
+        sum_g.recent[r] += g;
+        sum_gx.recent[r] += g * x_hat;
+        if (COLUMNS) {
+          column_dy += dy;
+          column_dyx += dy * x_hat;
+        }
+      }
+      if (COLUMNS) {
+        access.store_column(out.dbias + k, column_dy);
+        access.store_column(out.dweight + k, column_dyx);
+      }
+    });
+    sum_g.fold();
+    sum_gx.fold();
   }
-  norm_bwd_sums<TX, TY, R, TELEMETRY, COLUMNS>(dy_ptr, x_ptr, p.weight, mean, rstd, N, out, measure.dy, mean_g, mean_gx);
-  Measure<TX> measure_residual = measure.dresidual, measure_dx = measure.dx;
-  const auto gradient = [&](int r, Pair<A> dy, Pair<A> x, Pair<A> w) __attribute__((always_inline)) {
-    const Pair<A> x_hat = (x - mean[r]) * rstd[r];
-    return rstd[r] * ((dy * w - mean_g[r]) - x_hat * mean_gx[r]);
-  };
-  for (int64_t k = 0; k < whole; k += STEP<TX>) {
-    const Pair<A> w = load_pair(p.weight + k);
+  for (int r = 0; r < R; ++r) {
+    mean_g[r] = broadcast<A>(static_cast<A>(sum_g.total[r] * one_column));
+    mean_gx[r] = broadcast<A>(static_cast<A>(sum_gx.total[r] * one_column));
+  }
+}
+
+template <typename TX, typename TY, int R, bool RESIDUAL, bool COLUMNS>
+static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first_row, const RowShape<TX>& row,
+                                    const NormGradients<TX>& out) {
+  using A = Acc<TX>;
+  const int64_t N = row.N, offset = first_row * N;
+  const TY* dy_ptr = p.dy + offset;
+  const TX *x_ptr = p.x + offset, *dresidual_ptr = RESIDUAL ? p.dresidual + offset : nullptr;
+  TX* dx_ptr = p.dx + offset;
+  TY* dx_narrow_ptr = p.dx_narrow ? p.dx_narrow + offset : nullptr;
+  Vec<A> mean[R], rstd[R], mean_g[R], mean_gx[R];
+  for (int r = 0; r < R; ++r) {
+    mean[r] = broadcast<A>(p.mean[first_row + r]);
+    rstd[r] = broadcast<A>(p.rstd[first_row + r]);
+  }
+  norm_bwd_sums<TX, TY, R, COLUMNS>(dy_ptr, x_ptr, p.weight, mean, rstd, row, out, mean_g, mean_gx);
+  row.for_each_vector([&](auto access, int64_t k) __attribute__((always_inline)) {
+    const auto w = access.load_column(p.weight + k);
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * N + k;
-      Pair<A> dx = gradient(r, load_pair(dy_ptr + at), load_pair(x_ptr + at), w);
-      if (RESIDUAL) {
-        dx += load_pair(dresidual_ptr + at);
-        if (TELEMETRY) add(measure_residual, dresidual_ptr + at);
-      }
-      if constexpr (!std::is_same_v<TX, TY>) store_pair(p.dx_narrow + row * N + at, dx);
-      store_pair(dx_ptr + at, dx);
-      if (TELEMETRY) add(measure_dx, dx_ptr + at);
+      const auto x_hat = (access.load(x_ptr + at) - mean[r]) * rstd[r];
+      auto dx = ((access.load(dy_ptr + at) * w - mean_g[r]) - x_hat * mean_gx[r]) * rstd[r];
+      if (RESIDUAL) dx += access.load(dresidual_ptr + at);
+      if (dx_narrow_ptr) access.store(dx_narrow_ptr + at, dx);
+      access.store(dx_ptr + at, dx);
     }
-  }
-  if (tail) {
-    const Pair<A> w = load_tail(p.weight + whole, tail);
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = r * N + whole;
-      Pair<A> dx = gradient(r, load_tail(dy_ptr + at, tail), load_tail(x_ptr + at, tail), w);
-      if (RESIDUAL) {
-        dx += load_tail(dresidual_ptr + at, tail);
-        if (TELEMETRY) add_tail(measure_residual, dresidual_ptr + at, tail);
-      }
-      if constexpr (!std::is_same_v<TX, TY>) store_tail(p.dx_narrow + row * N + at, dx, tail);
-      store_tail(dx_ptr + at, dx, tail);
-      if (TELEMETRY) add_tail(measure_dx, dx_ptr + at, tail);
-    }
-  }
-  measure.dresidual = measure_residual;
-  measure.dx = measure_dx;
+  });
 }
 
-// The rows [first, last), between two folds.
-template <typename TX, typename TY, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
-static void norm_bwd_block(const NormBackward<TX, TY>& p, int64_t first, int64_t last, const NormGradients<TX>& out) {
-  NormMeasures<TX, TY> measure;
-  int64_t row = first;
-  for (; row + ROWS <= last; row += ROWS) norm_bwd_rows<TX, TY, ROWS, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
-  for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, TELEMETRY, RESIDUAL, COLUMNS>(p, row, out, measure);
-  if (TELEMETRY) {
-    const int64_t offset = first * p.N, count = (last - first) * p.N;
-    fold(measure.dy, p.dy + offset, count, out.cells[0]);
-    if (RESIDUAL) fold(measure.dresidual, p.dresidual + offset, count, out.cells[1]);
-    fold(measure.dx, p.dx + offset, count, out.cells[2]);
-  }
+// How many rows a loop walks before their memory is measured.
+static GK_INLINE int64_t rows_of_chunk(int64_t N) { return std::max(ROWS, CHUNK / std::max<int64_t>(1, N) / ROWS * ROWS); }
+
+// The rows of [begin, end) for which a vector may reach beyond their last column: behind them there are WIDTH elements more.
+template <typename T>
+static GK_INLINE int64_t end_of_room(int64_t N, int64_t begin, int64_t end) {
+  if (GK_VECTOR_BYTES == 64 || N % STEP<T> == 0) return end;
+  return std::max(begin, end - (WIDTH<Acc<T>> + N - 1) / N);
 }
 
-template <typename TX, typename TY, bool TELEMETRY, bool RESIDUAL, bool COLUMNS>
+template <typename TX, typename TY, bool RESIDUAL, bool COLUMNS>
 static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, const NormGradients<TX>& out) {
-  // Rows too long for one sum in float are measured behind the loop, while they are in the second-level cache.
-  const bool long_rows = ROWS * p.N > 2 * FOLD;
-  const int64_t block = std::max(ROWS, FOLD / std::max<int64_t>(1, p.N) / ROWS * ROWS);  // rows between two folds
-  for (int64_t first = begin; first < end; first += block) {
-    const int64_t last = std::min(end, first + block), offset = first * p.N, count = (last - first) * p.N;
-    if (!TELEMETRY || !long_rows) {
-      norm_bwd_block<TX, TY, TELEMETRY, RESIDUAL, COLUMNS>(p, first, last, out);
-      continue;
-    }
-    norm_bwd_block<TX, TY, false, RESIDUAL, COLUMNS>(p, first, last, out);
-    measure_array(p.dy + offset, count, out.cells[0]);
-    if (RESIDUAL) measure_array(p.dresidual + offset, count, out.cells[1]);
-    measure_array(p.dx + offset, count, out.cells[2]);
+  const int64_t N = p.N, rows = rows_of_chunk(N), end_roomy = end_of_room<TX>(N, begin, end);
+  const RowShape<TX> roomy(N, true), last_one(N, false);
+  const auto cell = [&](int port) { return out.cells ? out.cells + port : nullptr; };
+  Measure<TY> measure_dy(cell(0));
+  Measure<TX> measure_residual(RESIDUAL ? cell(1) : nullptr), measure_dx(cell(2));
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t last = std::min(end, first + rows), offset = first * N, count = (last - first) * N;
+    int64_t row = first;
+    for (; row + ROWS <= std::min(last, end_roomy); row += ROWS)
+      norm_bwd_rows<TX, TY, ROWS, RESIDUAL, COLUMNS>(p, row, roomy, out);
+    for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, RESIDUAL, COLUMNS>(p, row, last_one, out);
+    measure_dy.add(p.dy + offset, count);
+    if (RESIDUAL) measure_residual.add(p.dresidual + offset, count);
+    measure_dx.add(p.dx + offset, count);
+    if (COLUMNS && out.dweight_total && (last - begin) / ROWS_OF_A_SUM != (first - begin) / ROWS_OF_A_SUM) out.fold_columns(N);
   }
+  measure_dy.finish(p.dy + end * N);
+  if (RESIDUAL) measure_residual.finish(p.dresidual + end * N);
+  measure_dx.finish(p.dx + end * N);
 }
 
 template <typename TX, typename TY>
-static void norm_bwd(const NormBackward<TX, TY>& p, bool telemetry, int64_t begin, int64_t end, const NormGradients<TX>& out) {
-  const auto with_columns = [&](auto columns) {
-    constexpr bool COLUMNS = decltype(columns)::value;
-    const auto range =
-        telemetry
-            ? (p.dresidual ? norm_bwd_range<TX, TY, true, true, COLUMNS> : norm_bwd_range<TX, TY, true, false, COLUMNS>)
-            : (p.dresidual ? norm_bwd_range<TX, TY, false, true, COLUMNS> : norm_bwd_range<TX, TY, false, false, COLUMNS>);
-    range(p, begin, end, out);
-  };
-  out.dweight ? with_columns(std::true_type{}) : with_columns(std::false_type{});
+static void norm_bwd(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, const NormGradients<TX>& out) {
+  const auto range = out.dweight ? (p.dresidual ? norm_bwd_range<TX, TY, true, true> : norm_bwd_range<TX, TY, false, true>)
+                                 : (p.dresidual ? norm_bwd_range<TX, TY, true, false> : norm_bwd_range<TX, TY, false, false>);
+  range(p, begin, end, out);
 }
 
+// Rows [begin, end) of a program's rows that end at `end_of_program`.
 template <typename TX, typename TY>
 static void norm_fwd(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, double eps, int64_t N, int64_t begin,
-                     int64_t end, Acc<TX>* mean, Acc<TX>* rstd) {
+                     int64_t end, int64_t end_of_program, Acc<TX>* mean, Acc<TX>* rstd) {
+  const int64_t end_roomy = std::min(end, end_of_room<TX>(N, begin, end_of_program));
+  const RowShape<TX> roomy(N, true), last_one(N, false);
   int64_t row = begin;
-  for (; row + ROWS <= end; row += ROWS)
-    norm_fwd_rows<TX, TY, ROWS>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), N, mean + row, rstd + row);
+  for (; row + ROWS <= end_roomy; row += ROWS)
+    norm_fwd_rows<TX, TY, ROWS>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), roomy, mean + row, rstd + row);
   for (; row < end; ++row)
-    norm_fwd_rows<TX, TY, 1>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), N, mean + row, rstd + row);
+    norm_fwd_rows<TX, TY, 1>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), last_one, mean + row, rstd + row);
 }

@@ -9,39 +9,23 @@ namespace gk::GK_ISA {
 
 #include "measure.h"
 
-template <typename T, bool TELEMETRY>
-static void fork_range(const T* dskip_ptr, const T* dbranch_ptr, T* dx_ptr, int64_t begin, int64_t end, Cell* cells) {
-  Measure<T> measure_skip, measure_branch, measure_dx;
-  for (int64_t first = begin; first < end; first += FOLD) {
-    const int64_t last = std::min(end, first + FOLD);
-    int64_t k = first;
-    for (; k + STEP<T> <= last; k += STEP<T>) {
-      store_pair(dx_ptr + k, load_pair(dskip_ptr + k) + load_pair(dbranch_ptr + k));
-      if (TELEMETRY) {
-        add(measure_skip, dskip_ptr + k);
-        add(measure_branch, dbranch_ptr + k);
-        add(measure_dx, dx_ptr + k);
-      }
-    }
-    if (k < last) {
-      store_tail(dx_ptr + k, load_tail(dskip_ptr + k, last - k) + load_tail(dbranch_ptr + k, last - k), last - k);
-      if (TELEMETRY) {
-        add_tail(measure_skip, dskip_ptr + k, last - k);
-        add_tail(measure_branch, dbranch_ptr + k, last - k);
-        add_tail(measure_dx, dx_ptr + k, last - k);
-      }
-    }
-    if (TELEMETRY) {
-      fold(measure_skip, dskip_ptr + first, last - first, cells[0]);
-      fold(measure_branch, dbranch_ptr + first, last - first, cells[1]);
-      fold(measure_dx, dx_ptr + first, last - first, cells[2]);
-    }
-  }
-}
-
+// cells: for dskip, dbranch and dx; null where nothing is measured.
 template <typename T>
-static void residual_bwd(const T* dskip, const T* dbranch, T* dx, bool telemetry, int64_t begin, int64_t end, Cell* cells) {
-  (telemetry ? fork_range<T, true> : fork_range<T, false>)(dskip, dbranch, dx, begin, end, cells);
+static void residual_bwd(const T* dskip, const T* dbranch, T* dx, int64_t begin, int64_t end, Cell* cells) {
+  const auto cell = [&](int port) { return cells ? cells + port : nullptr; };
+  Measure<T> measure_skip(cell(0)), measure_branch(cell(1)), measure_dx(cell(2));
+  for (int64_t first = begin; first < end; first += CHUNK) {
+    const int64_t last = std::min(end, first + CHUNK);
+    for_each_vector<T>(first, last, [&](auto access, int64_t k) __attribute__((always_inline)) {
+      access.store(dx + k, access.load(dskip + k) + access.load(dbranch + k));
+    });
+    measure_skip.add(dskip + first, last - first);
+    measure_branch.add(dbranch + first, last - first);
+    measure_dx.add(dx + first, last - first);
+  }
+  measure_skip.finish(dskip + end);
+  measure_branch.finish(dbranch + end);
+  measure_dx.finish(dx + end);
 }
 }  // namespace gk::GK_ISA
 #else
@@ -69,7 +53,7 @@ Tensor residual_bwd(const OptionalTensor& dskip_any, const OptionalTensor& dbran
     for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((residual_bwd<scalar_t>));
       loop(dskip.const_data_ptr<scalar_t>(), dbranch.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(),
-           stats.has_value(), begin * POINTWISE_BLOCK, std::min(dx.numel(), end * POINTWISE_BLOCK), &cells[3 * program]);
+           begin * POINTWISE_BLOCK, std::min(dx.numel(), end * POINTWISE_BLOCK), stats ? &cells[3 * program] : nullptr);
     });
   });
   for (int64_t port = 0; port < 3; ++port) record(stats, port, cells.data() + port, 3, programs, dx.numel());

@@ -37,19 +37,21 @@ static GK_INLINE R load_as(const T* p) {
 
 static GK_INLINE F load(const float* p) { return load_as<F>(p); }
 static GK_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
-static GK_INLINE F load(const c10::BFloat16* p) {
 #if GK_VECTOR_BYTES == 64
-  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif GK_VECTOR_BYTES == 32
+static GK_INLINE F widen(__m256i bits, c10::BFloat16) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+static GK_INLINE F widen(__m256i bits, c10::Half) { return (F)_mm512_cvtph_ps(bits); }
+static GK_INLINE F load(const c10::BFloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p), c10::BFloat16()); }
+static GK_INLINE F load(const c10::Half* p) { return widen(_mm256_loadu_si256((const __m256i*)p), c10::Half()); }
+#else
+static GK_INLINE F load(const c10::BFloat16* p) {
+#if GK_VECTOR_BYTES == 32
   return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   return (F)(__builtin_convertvector(load_as<Lanes<float>::half_bits>(p), Lanes<float>::bits) << 16);
 #endif
 }
 static GK_INLINE F load(const c10::Half* p) {
-#if GK_VECTOR_BYTES == 64
-  return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif GK_VECTOR_BYTES == 32
+#if GK_VECTOR_BYTES == 32
   return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   F result;
@@ -57,25 +59,32 @@ static GK_INLINE F load(const c10::Half* p) {
   return result;
 #endif
 }
+#endif
 
 static GK_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof(v)); }
 static GK_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
-static GK_INLINE void store(c10::BFloat16* p, F v) {
+static GK_INLINE Lanes<float>::half_bits narrow(F v, c10::BFloat16) {
   typedef Lanes<float>::bits Bits;
   const Bits bits = (Bits)v;
   Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);  // nearest, ties to even
   rounded = v == v ? rounded : Bits{} + 0x7fc00000u;
-  const auto stored = __builtin_convertvector(rounded >> 16, Lanes<float>::half_bits);
-  __builtin_memcpy(p, &stored, sizeof(stored));
+  return __builtin_convertvector(rounded >> 16, Lanes<float>::half_bits);
 }
-static GK_INLINE void store(c10::Half* p, F v) {
+static GK_INLINE Lanes<float>::half_bits narrow(F v, c10::Half) {
 #if GK_VECTOR_BYTES == 64
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Lanes<float>::half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif GK_VECTOR_BYTES == 32
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Lanes<float>::half_bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
-  for (int64_t k = 0; k < WIDTH<float>; ++k) p[k] = v[k];
+  Lanes<float>::half_bits result;
+  for (int64_t k = 0; k < WIDTH<float>; ++k) result[k] = c10::Half(v[k]).x;
+  return result;
 #endif
+}
+template <typename T>
+static GK_INLINE void store(T* p, F v) {
+  const auto stored = narrow(v, T());
+  __builtin_memcpy((void*)p, &stored, sizeof(stored));
 }
 
 // Loops walk in pairs of vectors, STEP elements: a 16-bit pair fills one vector register.
@@ -91,23 +100,32 @@ static GK_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {
   return {x.a + y.a, x.b + y.b};
 }
 template <typename A>
-static GK_INLINE Pair<A> operator-(Pair<A> x, Pair<A> y) {
-  return {x.a - y.a, x.b - y.b};
-}
-template <typename A>
 static GK_INLINE Pair<A> operator*(Pair<A> x, Pair<A> y) {
   return {x.a * y.a, x.b * y.b};
+}
+// With one vector for both of a pair: a number in every lane.
+template <typename A>
+static GK_INLINE Pair<A> operator-(Pair<A> x, typename Lanes<A>::type y) {
+  return {x.a - y, x.b - y};
+}
+template <typename A>
+static GK_INLINE Pair<A> operator*(Pair<A> x, typename Lanes<A>::type y) {
+  return {x.a * y, x.b * y};
+}
+template <typename A>
+static GK_INLINE Pair<A> operator-(Pair<A> x, Pair<A> y) {
+  return {x.a - y.a, x.b - y.b};
 }
 template <typename A>
 static GK_INLINE void operator+=(Pair<A>& x, Pair<A> y) {
   x.a += y.a;
   x.b += y.b;
 }
+// A running sum takes a single vector too.
 template <typename A>
-static GK_INLINE Pair<A> pair(A value) {
-  return {broadcast<A>(value), broadcast<A>(value)};
+static GK_INLINE void operator+=(Pair<A>& x, typename Lanes<A>::type y) {
+  x.a += y;
 }
-
 template <typename T>
 static GK_INLINE Pair<Acc<T>> load_pair(const T* p) {
   return {load(p), load(p + WIDTH<Acc<T>>)};
@@ -128,18 +146,85 @@ static GK_INLINE void store_pair(T* p, Pair<Acc<T>> v) {
   store(p + WIDTH<Acc<T>>, v.b);
 }
 
-// The last `count` < STEP elements of a row; the other lanes are zero and are not touched in memory.
+// How a loop reads and writes the elements of an array of T: a pair of vectors at a time, as long as there are so many.
 template <typename T>
-static GK_INLINE Pair<Acc<T>> load_tail(const T* p, int64_t count) {
-  T padded[STEP<T>] = {};
-  __builtin_memcpy((void*)padded, p, count * sizeof(T));
-  return load_pair(padded);
-}
+struct Whole {
+  static constexpr int64_t size = STEP<T>;
+
+  template <typename U>
+  GK_INLINE Pair<Acc<T>> load(const U* p) const {
+    return load_pair(p);
+  }
+  template <typename U>
+  GK_INLINE void store(U* p, Pair<Acc<T>> v) const {
+    store_pair(p, v);
+  }
+  GK_INLINE Pair<Acc<T>> keep(Pair<Acc<T>> v) const { return v; }
+  // The same of an array that goes on behind its last element, in whole vectors.
+  GK_INLINE Pair<Acc<T>> load_column(const Acc<T>* p) const { return load_pair(p); }
+  GK_INLINE void store_column(Acc<T>* p, Pair<Acc<T>> v) const { store_pair(p, v); }
+};
+
+// And then single vectors, of which the first `count` lanes are elements and the others zero.
+// With `room` the whole vector is the caller's to read and to write: what stands behind the elements is read and left out, and
+// overwritten with anything. AVX-512 needs none: it reads and writes the lanes it is told to.
 template <typename T>
-static GK_INLINE void store_tail(T* p, Pair<Acc<T>> v, int64_t count) {
-  T padded[STEP<T>];
-  store_pair(padded, v);
-  __builtin_memcpy((void*)p, padded, count * sizeof(T));
+struct Part {
+  using A = Acc<T>;
+  GK_INLINE Vec<A> load_column(const A* p) const { return gk::GK_ISA::load(p); }
+  GK_INLINE void store_column(A* p, Vec<A> v) const { gk::GK_ISA::store(p, v); }
+#if GK_VECTOR_BYTES == 64
+  GK_INLINE Part(int64_t count, bool) : lanes(count >= WIDTH<A> ? ~0u : (1u << count) - 1) {}
+  GK_INLINE Vec<A> load(const float* p) const { return (F)_mm512_maskz_loadu_ps((__mmask16)lanes, p); }
+  GK_INLINE Vec<A> load(const double* p) const { return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)lanes, p); }
+  template <typename U>
+  GK_INLINE Vec<A> load(const U* p) const {
+    return widen(_mm256_maskz_loadu_epi16((__mmask16)lanes, p), U());
+  }
+  GK_INLINE void store(float* p, F v) const { _mm512_mask_storeu_ps(p, (__mmask16)lanes, (__m512)v); }
+  GK_INLINE void store(double* p, Vec<double> v) const { _mm512_mask_storeu_pd(p, (__mmask8)lanes, (__m512d)v); }
+  template <typename U>
+  GK_INLINE void store(U* p, F v) const {
+    _mm256_mask_storeu_epi16(p, (__mmask16)lanes, (__m256i)narrow(v, U()));
+  }
+  GK_INLINE F keep(F v) const { return (F)_mm512_maskz_mov_ps((__mmask16)lanes, (__m512)v); }
+  GK_INLINE Vec<double> keep(Vec<double> v) const { return (Vec<double>)_mm512_maskz_mov_pd((__mmask8)lanes, (__m512d)v); }
+
+  uint32_t lanes;
+#else
+  typedef typename Lanes<A>::integer Integer;
+
+  GK_INLINE Part(int64_t count, bool room) : count(count), room(room) {
+    for (int64_t k = 0; k < WIDTH<A>; ++k) lanes[k] = k < count ? -1 : 0;
+  }
+  template <typename U>
+  GK_INLINE Vec<A> load(const U* p) const {
+    if (room) return keep(gk::GK_ISA::load(p));
+    U padded[WIDTH<A>] = {};
+    __builtin_memcpy((void*)padded, p, count * sizeof(U));
+    return gk::GK_ISA::load(padded);
+  }
+  template <typename U>
+  GK_INLINE void store(U* p, Vec<A> v) const {
+    if (room) return gk::GK_ISA::store(p, v);
+    U padded[WIDTH<A>];
+    gk::GK_ISA::store(padded, v);
+    __builtin_memcpy((void*)p, padded, count * sizeof(U));
+  }
+  GK_INLINE Vec<A> keep(Vec<A> v) const { return (Vec<A>)((Integer)v & lanes); }
+
+  int64_t count;
+  bool room;
+  Integer lanes;
+#endif
+};
+
+// Calls body(access, k) for every k of [begin, end) that a vector or pair of vectors of T starts at.
+template <typename T, typename Body>
+static GK_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
+  int64_t k = begin;
+  for (; k + STEP<T> <= end; k += STEP<T>) body(Whole<T>(), k);
+  for (; k < end; k += WIDTH<Acc<T>>) body(Part<T>(std::min(WIDTH<Acc<T>>, end - k), false), k);
 }
 
 // a < b ? a : b and a > b ? a : b, lane by lane: b where either is NaN. For floats that is one instruction, which the
@@ -163,14 +248,51 @@ static GK_INLINE V higher(V a, V b) {
   return a > b ? a : b;
 }
 
+// The bits of a magnitude: all but the sign.
+template <typename A>
+static GK_INLINE typename Lanes<A>::integer magnitude_bits() {
+  return typename Lanes<A>::integer{} + (std::conditional_t<sizeof(A) == 4, int32_t, int64_t>)(~0ull >> (65 - 8 * sizeof(A)));
+}
 template <typename A>
 static GK_INLINE Vec<A> magnitude(Vec<A> v) {
-  typedef typename Lanes<A>::integer Integer;
-  const Integer sign = Integer{} + (typename std::conditional_t<sizeof(A) == 4, int32_t, int64_t>)(1ull << (8 * sizeof(A) - 1));
-  return (Vec<A>)((Integer)v & ~sign);
+  return (Vec<A>)((typename Lanes<A>::integer)v & magnitude_bits<A>());
 }
 
-// The running largest and smallest magnitude; a NaN in v leaves them as they are.
+// Lanes of integer vectors as counters: what where_...() finds is counted by count_if() and left out by zero_where().
+// where_zero: the lanes in which none of the bits `among` is set.
+#if GK_VECTOR_BYTES == 64
+#define GK_INTEGER_LANES(bits, type, mask)                                                                                \
+  typedef int##bits##_t type __attribute__((vector_size(64)));                                                            \
+  static GK_INLINE mask where_zero(type v, type among) { return _mm512_testn_epi##bits##_mask((__m512i)v, (__m512i)among); } \
+  static GK_INLINE mask where_above(type v, type limit) { return _mm512_cmpgt_epi##bits##_mask((__m512i)v, (__m512i)limit); } \
+  static GK_INLINE void count_if(type& counter, mask lanes) {                                                             \
+    counter = (type)_mm512_mask_sub_epi##bits((__m512i)counter, lanes, (__m512i)counter, _mm512_set1_epi32(-1));          \
+  }                                                                                                                       \
+  static GK_INLINE type zero_where(mask lanes, type v) { return (type)_mm512_maskz_mov_epi##bits(~lanes, (__m512i)v); }
+GK_INTEGER_LANES(16, Integers16, __mmask32)
+GK_INTEGER_LANES(32, Integers32, __mmask16)
+GK_INTEGER_LANES(64, Integers64, __mmask8)
+#undef GK_INTEGER_LANES
+#else
+template <typename I>
+static GK_INLINE I where_zero(I v, I among) {
+  return (I)((v & among) == 0);
+}
+template <typename I>
+static GK_INLINE I where_above(I v, I limit) {
+  return (I)(v > limit);
+}
+template <typename I>
+static GK_INLINE void count_if(I& counter, I lanes) {
+  counter -= lanes;
+}
+template <typename I>
+static GK_INLINE I zero_where(I lanes, I v) {
+  return v & ~lanes;
+}
+#endif
+
+// The running largest magnitude; a NaN in v leaves it as it is.
 template <typename A>
 static GK_INLINE Vec<A> higher_magnitude(Vec<A> v, Vec<A> running) {
 #if GK_VECTOR_BYTES == 64
@@ -178,14 +300,6 @@ static GK_INLINE Vec<A> higher_magnitude(Vec<A> v, Vec<A> running) {
 #endif
   return higher(magnitude<A>(v), running);
 }
-template <typename A>
-static GK_INLINE Vec<A> lower_magnitude(Vec<A> v, Vec<A> running) {
-#if GK_VECTOR_BYTES == 64
-  if constexpr (sizeof(A) == 4) return (F)_mm512_range_ps((__m512)v, (__m512)running, 0b1010);
-#endif
-  return lower(magnitude<A>(v), running);
-}
-
 // Reductions over the lanes, in an order that depends on the instruction set alone.
 template <typename A>
 static GK_INLINE A sum(Vec<A> v) {
@@ -216,16 +330,6 @@ static GK_INLINE A max(Vec<A> v) {
   for (int64_t k = 1; k < WIDTH<A>; ++k) result = v[k] > result ? v[k] : result;
   return result;
 }
-template <typename A>
-static GK_INLINE A min(Vec<A> v) {
-#if GK_VECTOR_BYTES == 64
-  if constexpr (sizeof(A) == 4) return _mm512_reduce_min_ps((__m512)v);
-#endif
-  A result = v[0];
-  for (int64_t k = 1; k < WIDTH<A>; ++k) result = v[k] < result ? v[k] : result;
-  return result;
-}
-
 // e^v for v in [-87.33, 88.3], within 1.5 units in the last place; powers below the smallest normal float are not reached.
 // Range reduction to |r| <= ln(2)/2, then a polynomial (Moshier, Cephes expf) and the exponent added as an integer.
 static GK_INLINE F exponential(F v) {
