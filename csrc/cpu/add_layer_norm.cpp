@@ -18,7 +18,7 @@ namespace gk::GK_ISA {
 template <typename TX, typename TY>
 static void add_norm_fwd(const TY* x, const TX* residual, TX* new_residual, TY* y, const Acc<TX>* weight, const Acc<TX>* bias,
                          double eps, int64_t N, int64_t begin, int64_t end, Acc<TX>* mean, Acc<TX>* rstd) {
-  const int64_t rows = rows_of_chunk(N);
+  const int64_t rows = std::max(ROWS, 1024 / std::max<int64_t>(1, N) / ROWS * ROWS);
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t last = std::min(first + rows, end);
     for_each_vector<TX>(first * N, last * N, [&](auto access, int64_t k) __attribute__((always_inline)) {
@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
     for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((add_norm_fwd<TX, TY>));
       loop(x.const_data_ptr<TY>(), residual.const_data_ptr<TX>(), new_residual.mutable_data_ptr<TX>(), y.mutable_data_ptr<TY>(),
-           w.data(), b.data(), eps, N, begin, end, mean.mutable_data_ptr<A>(),
-           rstd.mutable_data_ptr<A>());
+           w.data(), b.data(), eps, N, begin, end, mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
     });
   });
   return {y, new_residual, mean, rstd};

@@ -13,7 +13,8 @@ struct GeluDouble {
   double value, slope;
 };
 
-inline GeluDouble gelu_double(double x, bool tanh) {
+// Never part of a loop, whose multiplications and additions the compiler would contract in another way in each.
+__attribute__((noinline)) static GeluDouble gelu_double(double x, bool tanh) {
   if (tanh) {
     const double scale = 0.79788456080286535588, cubic = 0.044715;
     const double t = std::tanh(scale * (x + cubic * x * x * x));
@@ -36,21 +37,19 @@ namespace gk::GK_ISA {
 
 #include "measure.h"
 
-// What PyTorch answers where x is not finite: NaN for the slope and for y at -infinity; y at +infinity is infinity, but NaN in
-// the exact form of float32 and bfloat16, which PyTorch leaves to oneDNN.
-static GK_INLINE F nan_where_not_finite(F x, F result) { return result + x * 0.0f; }
+// Where x is not finite the answers are PyTorch's: NaN for the slope and for y at -infinity; y at +infinity is infinity, but
+// NaN in the exact form of float32 and bfloat16, which PyTorch leaves to oneDNN.
 template <typename T, bool TANH>
-static GK_INLINE F at_infinity(F x, F y) {
-  return TANH || std::is_same_v<T, c10::Half> ? y : nan_where_not_finite(x, y);
-}
+constexpr bool INFINITY_STAYS = TANH || std::is_same_v<T, c10::Half>;
 
 #if GK_VECTOR_BYTES == 64
 // Where one instruction looks up 32 entries, y and the slope come from tables: see make_gelu_tables.py. bfloat16 takes the
-// cubic ones, whose error is a five-hundredth of its rounding.
+// cubic ones, whose error is a five-hundredth of its rounding. `bounded` is |x| within the tables; the last segment is zero, so
+// that the result is zero beyond it, and NaN where |x| itself is infinite.
 template <size_t TERMS>
-static GK_INLINE F table(F magnitude_of_x, const float (&coefficients)[TERMS][32]) {
-  const F shifted = magnitude_of_x * 4.0f + 12582912.0f;  // 1.5 * 2^23: the segment in the low bits
-  const F f = magnitude_of_x * 4.0f - (shifted - 12582912.0f);
+static GK_INLINE F table(F bounded, F magnitude_of_x, const float (&coefficients)[TERMS][32]) {
+  const F shifted = bounded + 3145728.0f;  // 1.5 * 2^21: |x| to the nearest quarter, and their number in the low bits
+  const F f = magnitude_of_x - (shifted - 3145728.0f);
   F result{};
 #pragma GCC unroll 6
   for (int power = TERMS - 1; power >= 0; --power) {
@@ -63,19 +62,20 @@ static GK_INLINE F table(F magnitude_of_x, const float (&coefficients)[TERMS][32
 
 template <typename T, bool TANH>
 static GK_INLINE F gelu_value(F x) {
-  const F magnitude_of_x = lower(magnitude<float>(x), F{} + 7.8f);
-  const F r = std::is_same_v<T, c10::BFloat16> ? table(magnitude_of_x, TANH ? GELU_TANH_R3 : GELU_EXACT_R3)
-                                               : table(magnitude_of_x, TANH ? GELU_TANH_R5 : GELU_EXACT_R5);
+  const F size = magnitude<float>(x), bounded = lower(size, F{} + 7.8f), at = INFINITY_STAYS<T, TANH> ? bounded : size;
+  const F r = std::is_same_v<T, c10::BFloat16> ? table(bounded, at, TANH ? GELU_TANH_R3 : GELU_EXACT_R3)
+                                               : table(bounded, at, TANH ? GELU_TANH_R5 : GELU_EXACT_R5);
+  if (!INFINITY_STAYS<T, TANH>) return higher(F{}, x) - r;  // NaN stays NaN
   const F step = (F)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, __m512{}, _CMP_GT_OQ), (__m512)(F{} + 1.0f));
-  return at_infinity<T, TANH>(x, x * step - r);  // 0 times -infinity and NaN is NaN
+  return x * step - r;  // 0 times -infinity is NaN
 }
 
 template <typename T, bool TANH>
 static GK_INLINE F gelu_slope(F x) {
-  const F magnitude_of_x = lower(magnitude<float>(x), F{} + 7.8f);
-  const F s = std::is_same_v<T, c10::BFloat16> ? table(magnitude_of_x, TANH ? GELU_TANH_S3 : GELU_EXACT_S3)
-                                               : table(magnitude_of_x, TANH ? GELU_TANH_S5 : GELU_EXACT_S5);
-  return nan_where_not_finite(x, x > 0.0f ? 1.0f - s : s);
+  const F size = magnitude<float>(x), bounded = lower(size, F{} + 7.8f);
+  const F s = std::is_same_v<T, c10::BFloat16> ? table(bounded, size, TANH ? GELU_TANH_S3 : GELU_EXACT_S3)
+                                               : table(bounded, size, TANH ? GELU_TANH_S5 : GELU_EXACT_S5);
+  return x > 0.0f ? 1.0f - s : s;
 }
 #else
 struct Gelu {
@@ -122,11 +122,13 @@ static GK_INLINE Gelu gelu_tanh(F x) {
 
 template <typename T, bool TANH>
 static GK_INLINE F gelu_value(F x) {
-  return at_infinity<T, TANH>(x, TANH ? gelu_tanh(x).value : gelu_exact(x).value);
+  if (TANH) return gelu_tanh(x).value;
+  const F y = gelu_exact(x).value;
+  return INFINITY_STAYS<T, TANH> ? y : y + x * 0.0f;
 }
 template <typename T, bool TANH>
 static GK_INLINE F gelu_slope(F x) {
-  return nan_where_not_finite(x, TANH ? gelu_tanh(x).slope : gelu_exact(x).slope);
+  return (TANH ? gelu_tanh(x).slope : gelu_exact(x).slope) + x * 0.0f;
 }
 #endif
 
@@ -165,19 +167,31 @@ static void gelu_fwd_range(const T* x, T* y, int64_t begin, int64_t end) {
   });
 }
 
+template <typename T, bool TANH, Mode MODE>
+static void gelu_bwd_block(const T* dy, const T* x, T* dx, int64_t count, Measure<T>& measure_dy, Measure<T>& measure_dx) {
+  Sums<T> sums_dy, sums_dx;
+  const auto scale_dy = measure_dy.scale(), scale_dx = measure_dx.scale();
+  for_each_vector<T>(0, count, [&](auto access, int64_t k) __attribute__((always_inline)) {
+    access.store(dx + k, access.load(dy + k) * slope_at<T, TANH>(access.load(x + k)));
+    if (MODE == OFF) return;
+    sums_dy.template add<MODE>(access, dy + k, scale_dy);
+    sums_dx.template add<MODE>(access, dx + k, scale_dx);
+  });
+  if (MODE == OFF) return;
+  measure_dy.fold(MODE, sums_dy, dy, count);
+  measure_dx.fold(MODE, sums_dx, dx, count);
+}
+
 template <typename T, bool TANH>
 static void gelu_bwd_range(const T* dy, const T* x, T* dx, int64_t begin, int64_t end, Cell* cells) {
+  static constexpr decltype(&gelu_bwd_block<T, TANH, OFF>) blocks[] = {
+      gelu_bwd_block<T, TANH, OFF>, gelu_bwd_block<T, TANH, FAST>, gelu_bwd_block<T, TANH, FINITE>,
+      gelu_bwd_block<T, TANH, SCALED>};
   Measure<T> measure_dy(cells), measure_dx(cells ? cells + 1 : nullptr);
-  for (int64_t first = begin; first < end; first += CHUNK) {
-    const int64_t last = std::min(end, first + CHUNK);
-    for_each_vector<T>(first, last, [&](auto access, int64_t k) __attribute__((always_inline)) {
-      access.store(dx + k, access.load(dy + k) * slope_at<T, TANH>(access.load(x + k)));
-    });
-    measure_dy.add(dy + first, last - first);
-    measure_dx.add(dx + first, last - first);
-  }
-  measure_dy.finish(dy + end);
-  measure_dx.finish(dx + end);
+  for_each_block(begin, end, [&](int64_t first, int64_t last) {
+    const Mode mode = std::max(measure_dy.mode(), measure_dx.mode());
+    blocks[mode](dy + first, x + first, dx + first, last - first, measure_dy, measure_dx);
+  });
 }
 
 template <typename T>

@@ -46,15 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Te
     const Columns<A> w(weight, N, 1);
     ColumnSums<scalar_t> sums(weight, bias, M, N, programs, columns);
     for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
-      const NormBackward<scalar_t, scalar_t> p{dy.const_data_ptr<scalar_t>(),
-                                               x.const_data_ptr<scalar_t>(),
-                                               nullptr,
-                                               w.data(),
-                                               mean.const_data_ptr<A>(),
-                                               rstd.const_data_ptr<A>(),
-                                               dx.mutable_data_ptr<scalar_t>(),
-                                               nullptr,
-                                               N};
+      const NormBackward<scalar_t, scalar_t> p{
+          dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),    nullptr, w.data(), mean.const_data_ptr<A>(),
+          rstd.const_data_ptr<A>(),      dx.mutable_data_ptr<scalar_t>(), nullptr, N};
       const auto loop = GK_CHOOSE((norm_bwd<scalar_t, scalar_t>));
       loop(p, begin, end, sums.of(program, stats ? &cells[3 * program] : nullptr));
     });

@@ -2,7 +2,7 @@
 
 GELU is x for x > 0 and 0 elsewhere, less an even function that dies out quickly: y = max(x, 0) - r(|x|), and its slope is
 1 - s(|x|) for x > 0 and s(|x|) elsewhere. r and s are tabulated in 32 segments of width 1/4 centred on 0, 1/4, ..., 31/4, each
-a polynomial of degree 5 (for bfloat16: 3) in f = 4 |x| - segment, f in [-1/2, 1/2], through Chebyshev nodes. The last segment
+a polynomial of degree 5 (for bfloat16: 3) in f = |x| - segment / 4, f in [-1/8, 1/8], through Chebyshev nodes. The last segment
 is zero. In the first, where |x| is small, the polynomial of r has no constant term, so that y keeps its relative accuracy
 around zero.
 """
@@ -34,7 +34,8 @@ def segment(function, index: int, part: int, degree: int) -> np.ndarray:
     nodes = 0.5 * np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1))
     if index == 0:
         nodes = 0.25 + nodes / 2  # |x| is never negative
-    values = np.array([function((index + node) * WIDTH)[part] for node in nodes])
+    nodes *= WIDTH
+    values = np.array([function(index * WIDTH + node)[part] for node in nodes])
     if index == 0 and part == 0:
         return np.append(0.0, np.linalg.solve(np.vander(nodes, degree + 1, increasing=True)[:-1, 1:], values[:-1]))
     return np.linalg.solve(np.vander(nodes, degree + 1, increasing=True), values)

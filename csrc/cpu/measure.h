@@ -1,43 +1,63 @@
-// The statistics of a gradient, formed from memory that a backward loop has just read or written, so that a value is measured
-// as stored, while it is in the first-level cache.
+// The statistics of a gradient, formed in the loop of a backward from memory that it has just read or written, so that a value
+// is measured as stored.
 // Included inside namespace gk::GK_ISA after vec.h, once per instruction set; no include guard.
 //
-// Per vector: one multiply-add for the sum of squares, one instruction for the running |max|, two to count zeros. Per block the
-// lanes are folded into a Cell in float64. A chunk whose squares leave float's range (1e-30 or 1e+30 everywhere, an infinity, a
-// NaN) is measured again, and everything after it, in a careful loop that leaves out what is not finite, counts it, and squares
-// the elements times a power of two that brings them into range.
+// Per vector: one multiply-add for the sum of squares, and on integers, for the bits of magnitudes order as these do, one
+// instruction for the largest and two that count what is not zero. Per block the lanes are folded into a Cell in float64.
+// A block whose squares leave float's range (1e-30 or 1e+30 everywhere, an infinity, a NaN) is measured again, and all blocks
+// after it, with more care: FINITE counts what is finite and leaves the rest out; SCALED also multiplies elements by a power of
+// two that brings them into range before it squares them.
+
+enum Mode { OFF, FAST, FINITE, SCALED };
 
 constexpr int64_t FOLD = 512 * WIDTH<float>;  // elements between two folds: 256 additions to a float, rounded below 1e-5
-constexpr int64_t CHUNK = 1024;               // elements that a loop hands over at a time, about: a few kB of each tensor
+constexpr int64_t FIRST_FOLD = FOLD / 8;      // and before the first one, which tells whether to be careful
 
-// What is added up over a vector's lanes. Counters are vectors too, of integers as wide as T.
+// Calls body(first, last) for the blocks of [begin, end).
+template <typename Body>
+static GK_INLINE void for_each_block(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t first = begin, last; first < end; first = last) {
+    last = std::min(end, first + (first == begin ? FIRST_FOLD : FOLD));
+    body(first, last);
+  }
+}
+
+// What is added up of a block, lane by lane. Counters are vectors too, of integers as wide as T.
 template <typename T>
 struct Sums {
   using A = Acc<T>;
   typedef typename Lanes<A>::integer Integer;
-  Pair<A> square_sum{}, largest{};
-  Integer zeros{}, nonfinite{};
+  Pair<A> square_sum{};
+  Integer largest{}, nonzero{}, finite{};
+  int64_t lanes = 0;  // that `finite` is out of: elements, and what fills up the last vectors
 
-  template <bool CAREFUL>
-  GK_INLINE void add(const T* p, Vec<A> scale) {
-    const Pair<A> v = load_pair(p);
-    add_vector<CAREFUL>(v.a, scale, square_sum.a, largest.a);
-    add_vector<CAREFUL>(v.b, scale, square_sum.b, largest.b);
+  template <Mode MODE, typename Access>
+  GK_INLINE void add(Access access, const T* p, A scale) {
+    const auto v = access.load(p);
+    if (MODE != FAST) lanes += sizeof(v) / sizeof(A);
+    if constexpr (std::is_same_v<Access, Whole<typename Access::type>>) {
+      add_vector<MODE>(v.a, scale, square_sum.a);
+      add_vector<MODE>(v.b, scale, square_sum.b);
+    } else {
+      add_vector<MODE>(v, scale, square_sum.a);
+    }
   }
-  GK_INLINE A largest_magnitude() const { return max<A>(higher(largest.a, largest.b)); }
+  GK_INLINE A largest_magnitude() const { return max<A>((Vec<A>)largest); }
 
  private:
-  template <bool CAREFUL>
-  GK_INLINE void add_vector(Vec<A> v, Vec<A> scale, Vec<A>& squares, Vec<A>& peak) {
-    count_if(zeros, where_zero((Integer)v, magnitude_bits<A>()));
-    if (CAREFUL) {
-      const auto outside = where_above((Integer)magnitude<A>(v), (Integer)broadcast<A>(std::numeric_limits<A>::max()));
-      count_if(nonfinite, outside);
-      v = (Vec<A>)zero_where(outside, (Integer)v);
+  template <Mode MODE>
+  GK_INLINE void add_vector(Vec<A> v, A scale, Vec<A>& squares) {
+    const Integer magnitudes = (Integer)magnitude<A>(v);
+    nonzero += one_where_nonzero(magnitudes);
+    if constexpr (MODE == FAST) {
+      largest = higher_bits(magnitudes, largest);
+      squares += v * v;
+    } else {
+      const auto where = where_at_most(magnitudes, (Integer)broadcast<A>(std::numeric_limits<A>::max()));
+      count_where(where, finite);
+      largest = higher_where(where, magnitudes, largest);
+      squares = add_square_where(where, MODE == SCALED ? v * scale : v, squares);
     }
-    peak = higher_magnitude<A>(v, peak);
-    if (CAREFUL) v *= scale;
-    squares += v * v;
   }
 };
 
@@ -45,25 +65,36 @@ struct Sums {
 template <typename T>
 struct Sums16 {
   typedef int16_t Integer __attribute__((vector_size(GK_VECTOR_BYTES)));
-  static constexpr int16_t INFINITE = std::is_same_v<T, c10::Half> ? 0x7c00 : 0x7f80;
+  static constexpr int16_t LARGEST_FINITE = std::is_same_v<T, c10::Half> ? 0x7bff : 0x7f7f;
   Pair<float> square_sum{};
-  Integer largest{}, zeros{}, nonfinite{};
+  Integer largest{}, nonzero{}, finite{};
+  int64_t lanes = 0;
 
-  template <bool CAREFUL>
-  GK_INLINE void add(const T* p, F scale) {
-    Integer bits = load_as<Integer>(p), magnitudes = bits & 0x7fff;
-    count_if(zeros, where_zero(magnitudes, magnitudes));
-    if (CAREFUL) {
-      const auto outside = where_above(magnitudes, Integer{} + int16_t(INFINITE - 1));
-      count_if(nonfinite, outside);
-      bits = zero_where(outside, bits);
-      magnitudes = zero_where(outside, magnitudes);
-      const Pair<float> v = floats(bits) * scale;
-      square_sum += v * v;
+  template <Mode MODE, typename Access>
+  GK_INLINE void add(Access access, const T* p, float scale) {
+    Integer bits = access.template load_bits<Integer>(p);
+    const Integer magnitudes = bits & 0x7fff;
+    nonzero += one_where_nonzero(magnitudes);
+    if constexpr (MODE == FAST) {
+      largest = higher_bits(magnitudes, largest);
     } else {
-      add_squares(p, bits);
+      const auto where = where_at_most(magnitudes, Integer{} + LARGEST_FINITE);
+      lanes += STEP<T>;
+      count_where(where, finite);
+      largest = higher_where(where, magnitudes, largest);
+      bits = keep_where(where, bits);
     }
-    largest = higher(largest, magnitudes);
+#ifdef GK_HAS_BF16
+    // One instruction sums 32 squares. It takes subnormals for zero and rounds the sum of two squares twice; neither shows at
+    // the precision of a block.
+    if constexpr (MODE != SCALED && std::is_same_v<T, c10::BFloat16>) {
+      square_sum.a = (F)_mm512_dpbf16_ps((__m512)square_sum.a, (__m512bh)bits, (__m512bh)bits);
+      return;
+    }
+#endif
+    Pair<float> v = floats(bits);
+    if (MODE == SCALED) v = v * broadcast<float>(scale);
+    square_sum += v * v;
   }
   GK_INLINE float largest_magnitude() const {
     int16_t lanes[STEP<T>], peak = 0;
@@ -73,7 +104,7 @@ struct Sums16 {
   }
 
  private:
-  // In no order that matters to a sum: the elements at even and those at odd places.
+  // In an order that does not matter to a sum: bfloat16 at even places first, then those at odd ones.
   static GK_INLINE Pair<float> floats(Integer bits) {
     if constexpr (std::is_same_v<T, c10::BFloat16>) {
       typedef Lanes<float>::bits Bits;
@@ -84,18 +115,6 @@ struct Sums16 {
       return load_pair(copy);
     }
   }
-  GK_INLINE void add_squares([[maybe_unused]] const T* p, [[maybe_unused]] Integer bits) {
-#ifdef GK_HAS_BF16
-    // One instruction sums 32 squares. It takes subnormals for zero and rounds the sum of two squares twice; neither shows at
-    // the precision of a block.
-    if constexpr (std::is_same_v<T, c10::BFloat16>) {
-      square_sum.a = (F)_mm512_dpbf16_ps((__m512)square_sum.a, (__m512bh)bits, (__m512bh)bits);
-      return;
-    }
-#endif
-    const Pair<float> v = std::is_same_v<T, c10::Half> ? load_pair(p) : floats(bits);
-    square_sum += v * v;
-  }
 };
 template <>
 struct Sums<c10::BFloat16> : Sums16<c10::BFloat16> {};
@@ -103,122 +122,95 @@ template <>
 struct Sums<c10::Half> : Sums16<c10::Half> {};
 
 template <typename Counter>
-static double total_of(Counter counter) {
+static int64_t total_of(Counter counter) {
   typedef std::remove_reference_t<decltype(counter[0])> Lane;
   Lane lanes[sizeof(Counter) / sizeof(Lane)];
   __builtin_memcpy(lanes, &counter, sizeof(counter));
   int64_t total = 0;
   for (const Lane lane : lanes) total += lane;
-  return static_cast<double>(total);
+  return total;
 }
 
-// Adds s 2^(-2 exponent), a sum of squares of elements of about 2^-exponent at most: see Cell.
-template <typename A>
-static void add_square_sum(Cell& cell, double s, int exponent) {
-  if (sizeof(A) == 4 || std::abs(exponent) <= 480) {
-    cell.square_sum += std::ldexp(s, -2 * exponent);
-  } else if (exponent > 0) {
-    cell.square_sum_tiny += std::ldexp(s, 1074 - 2 * exponent);
-  } else {
-    cell.square_sum_huge += std::ldexp(s, -1074 - 2 * exponent);
-  }
-}
-
-// Measures an array that is handed over piece by piece, one piece where the last one ended. Without a cell it does nothing.
+// The statistics of one gradient in one program, block by block.
 template <typename T>
 class Measure {
  public:
-  explicit Measure(Cell* cell) : cell_(cell) {}
+  using A = Acc<T>;
 
-  void add(const T* p, int64_t count) {
-    if (!cell_) return;
-    while (count > 0) {
-      const int64_t here = std::min(count, FOLD - pending_);
-      add_chunk(p, here);
-      p += here;
-      count -= here;
-      if (pending_ == FOLD) fold(p);
+  explicit Measure(Cell* cell) : cell_(cell), mode_(cell ? FAST : OFF) {}
+
+  Mode mode() const { return mode_; }
+  A scale() const { return scale_; }
+
+  // Adds a block of memory p[0 .. count), of which a loop has formed `sums` in `mode`.
+  void fold(Mode mode, const Sums<T>& sums, const T* p, int64_t count) {
+    const A squares = sum<A>(sums.square_sum), peak = sums.largest_magnitude();
+    const bool in_range = (squares >= SMALLEST && squares <= LARGEST) || (squares == 0 && peak == 0);
+    if (!in_range && mode == FAST) {
+      mode_ = FINITE;
+      return add(p, count);
     }
+    if (!in_range && mode == FINITE) {
+      set_exponent(peak);
+      if (mode_ == SCALED) return add(p, count);
+    }
+    if (in_range) {
+      add_square_sum(static_cast<double>(squares));
+    } else {
+      add_each_square(p, count);
+    }
+    if (mode != FAST) set_exponent(peak);
+    cell_->abs_max = std::max(cell_->abs_max, static_cast<double>(peak));
+    cell_->zero_count += static_cast<double>(count - total_of(sums.nonzero));
+    if (mode != FAST) cell_->nonfinite_count += static_cast<double>(sums.lanes - total_of(sums.finite));
   }
-  // `end`: where the array ends.
-  void finish(const T* end) {
-    if (cell_ && pending_ > 0) fold(end);
+
+  // Adds memory that no loop has at hand.
+  void add(const T* p, int64_t count) {
+    static constexpr decltype(&Measure::add_block<FAST>) blocks[] = {nullptr, &Measure::add_block<FAST>,
+                                                                     &Measure::add_block<FINITE>, &Measure::add_block<SCALED>};
+    for (int64_t k = 0; k < count; k += FOLD) (this->*blocks[mode_])(p + k, std::min(FOLD, count - k));
   }
 
  private:
-  using A = Acc<T>;
   static constexpr bool DOUBLE = sizeof(A) == 8;
   // Between these limits no square that was lost shows in the sum, and no sum of blocks overflows.
   static constexpr A SMALLEST = DOUBLE ? A(0x1p-900) : A(0x1p-90), LARGEST = DOUBLE ? A(0x1p960) : A(0x1p127);
 
-  void add_chunk(const T* p, int64_t count) {
-    if (!careful_) {
-      const Sums<T> sums = added<false>(p, count);
-      const A squares = sum<A>(sums.square_sum);
-      if (squares <= LARGEST && (pending_ > 0 || in_range(squares, sums))) return keep(sums, count);
-      careful_ = true;
-      if (pending_ == 0) set_exponent(largest_magnitude(p, count));
-    }
-    keep(added<true>(p, count), count);
-  }
-  static bool in_range(A squares, const Sums<T>& sums) {
-    return (squares >= SMALLEST && squares <= LARGEST) || (squares == 0 && sums.largest_magnitude() == 0);
-  }
-  void keep(const Sums<T>& sums, int64_t count) {
-    sums_ = sums;
-    pending_ += count;
-    padding_ += (STEP<T> - count % STEP<T>) % STEP<T>;
+  template <Mode MODE>
+  void add_block(const T* p, int64_t count) {
+    Sums<T> sums;
+    const A scale = scale_;
+    for_each_vector<T>(0, count, [&](auto access, int64_t k) __attribute__((always_inline)) {
+      sums.template add<MODE>(access, p + k, scale);
+    });
+    fold(MODE, sums, p, count);
   }
 
-  template <bool CAREFUL>
-  GK_INLINE Sums<T> added(const T* p, int64_t count) const {
-    Sums<T> sums = sums_;
-    const Vec<A> scale = broadcast<A>(scale_);
-    int64_t k = 0;
-    for (; k + STEP<T> <= count; k += STEP<T>) sums.template add<CAREFUL>(p + k, scale);
-    if (k < count) {
-      T padded[STEP<T>] = {};
-      std::copy(p + k, p + count, padded);
-      sums.template add<CAREFUL>(padded, scale);
-    }
-    return sums;
-  }
-
-  static A largest_magnitude(const T* p, int64_t count) {
-    A peak = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const A v = std::fabs(static_cast<A>(p[k]));
-      if (v <= std::numeric_limits<A>::max()) peak = std::max(peak, v);
-    }
-    return peak;
-  }
-  // Squares are taken of elements times 2^exponent_, which brings magnitudes of about `peak` to one where they are far from it.
+  // Elements are multiplied by 2^exponent_, which brings magnitudes of about `peak` to one where they are far from it.
   void set_exponent(A peak) {
     constexpr int NEAR_ONE = DOUBLE ? 400 : 40, MOST = DOUBLE ? 1000 : 100;
     const int exponent = peak == 0 ? 0 : -std::ilogb(peak);
     exponent_ = std::abs(exponent) <= NEAR_ONE ? 0 : std::max(-MOST, std::min(MOST, exponent));
     scale_ = std::ldexp(A(1), exponent_);
+    mode_ = exponent_ == 0 ? FINITE : SCALED;
   }
 
-  void fold(const T* end) {
-    const A squares = sum<A>(sums_.square_sum), peak = sums_.largest_magnitude();
-    if (in_range(squares, sums_)) {
-      add_square_sum<A>(*cell_, static_cast<double>(squares), exponent_);
+  // Adds the sum of the squares of elements times 2^exponent_: see Cell.
+  void add_square_sum(double squares) {
+    if (exponent_ == 0) {
+      cell_->square_sum += squares;
+    } else if (!DOUBLE || std::abs(exponent_) <= 480) {
+      cell_->square_sum += std::ldexp(squares, -2 * exponent_);
+    } else if (exponent_ > 0) {
+      cell_->square_sum_tiny += std::ldexp(squares, 1074 - 2 * exponent_);
     } else {
-      add_each_square(end - pending_, pending_);
-      careful_ = true;
+      cell_->square_sum_huge += std::ldexp(squares, -1074 - 2 * exponent_);
     }
-    if (careful_) set_exponent(peak);
-    cell_->abs_max = std::max(cell_->abs_max, static_cast<double>(peak));
-    cell_->zero_count += total_of(sums_.zeros) - static_cast<double>(padding_);
-    cell_->nonfinite_count += total_of(sums_.nonfinite);
-    sums_ = Sums<T>{};
-    pending_ = padding_ = 0;
   }
-
   // The squares of a block whose magnitudes no one scale suits.
   void add_each_square(const T* p, int64_t count) {
-    constexpr double TINY = 0x1p-480, HUGE_ONE = 0x1p480, SCALE = 0x1p537;  // see Cell
+    constexpr double TINY = 0x1p-480, HUGE_ONE = 0x1p480, SCALE = 0x1p537;
     for (int64_t k = 0; k < count; ++k) {
       const double v = std::fabs(static_cast<double>(p[k]));
       if (!(v <= std::numeric_limits<double>::max())) continue;
@@ -233,17 +225,14 @@ class Measure {
   }
 
   Cell* cell_;
-  Sums<T> sums_;
-  bool careful_ = false;
+  Mode mode_;
   int exponent_ = 0;
   A scale_ = 1;
-  int64_t pending_ = 0, padding_ = 0;  // elements since the last fold, and the zeros that filled up their last vectors
 };
 
 // The statistics of p[0 .. count), for tensors that no kernel's loop has at hand.
 template <typename T>
 static void measure_array(const T* p, int64_t count, Cell& cell) {
   Measure<T> measure(&cell);
-  measure.add(p, count);
-  measure.finish(p + count);
+  for_each_block(0, count, [&](int64_t first, int64_t last) { measure.add(p + first, last - first); });
 }

@@ -49,8 +49,8 @@ inline int64_t num_columns(const Tensor& x, int64_t num_dims) {
 // dweight and dbias accumulate in float32, in float64 for float64 tensors.
 inline at::ScalarType accumulator_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-constexpr int64_t COLUMN_PADDING = 32;    // columns: a multiple of what a loop takes at a time, on any instruction set
-constexpr int64_t ROWS_OF_A_SUM = 1024;   // rows whose column sums are added up in the accumulator's dtype
+constexpr int64_t COLUMN_PADDING = 32;   // columns: a multiple of what a loop takes at a time, on any instruction set
+constexpr int64_t ROWS_OF_A_SUM = 1024;  // rows whose column sums are added up in the accumulator's dtype
 inline int64_t padded_columns(int64_t N) { return (N + COLUMN_PADDING - 1) / COLUMN_PADDING * COLUMN_PADDING; }
 
 // A weight or bias as the loops read it: in the accumulator's dtype, and behind its N numbers zeros up to padded_columns(N).
@@ -109,7 +109,8 @@ class ColumnSums {
  private:
   using A = Acc<TX>;
 
-  Tensor finish_one(const OptionalTensor& parameter, int64_t which, const OptionalTensor& stats, int64_t port, const Tensor& x) {
+  Tensor finish_one(const OptionalTensor& parameter, int64_t which, const OptionalTensor& stats, int64_t port,
+                    const Tensor& x) {
     if (recent_.empty() || !parameter) return at::empty({0}, x.options());
     Tensor gradient = at::empty(parameter->sizes(), parameter->options());
     GK_DISPATCH(gradient.scalar_type(), "norm", [&] {
@@ -129,7 +130,7 @@ class ColumnSums {
 
   const OptionalTensor &weight_, &bias_;
   int64_t N_, padded_, programs_;
-  std::vector<A> recent_;       // of each program: dweight, dbias
+  std::vector<A> recent_;  // of each program: dweight, dbias
   std::vector<double> total_;
 };
 

@@ -16,7 +16,10 @@ template <typename T>
 struct RowShape {
   // room: whether a vector may read and write beyond the last column, into the next row.
   GK_INLINE RowShape(int64_t N, bool room)
-      : N(N), whole(N - N % STEP<T>), first(std::min(N - whole, WIDTH<Acc<T>>), room), second(N - whole - WIDTH<Acc<T>>, room) {}
+      : N(N),
+        whole(N - N % STEP<T>),
+        first(std::min(N - whole, WIDTH<Acc<T>>), room),
+        second(N - whole - WIDTH<Acc<T>>, room) {}
 
   // Calls body(access, k) for the vectors that start in columns [begin, min(N, begin + SPAN)).
   template <typename Body>
@@ -97,15 +100,31 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
   });
 }
 
-// The sums over columns of R rows: adds to dweight and dbias, returns the row means of g and g x_hat.
-template <typename TX, typename TY, int R, bool COLUMNS>
+// What is measured of a program: dy, dresidual, dx.
+template <typename TX, typename TY>
+struct NormMeasures {
+  Measure<TY> dy;
+  Measure<TX> dresidual, dx;
+
+  Mode mode() const { return std::max({dy.mode(), dresidual.mode(), dx.mode()}); }
+};
+template <typename TX, typename TY>
+struct NormSums {
+  Sums<TY> dy;
+  Sums<TX> dresidual, dx;
+  Acc<TX> scale_dy, scale_dresidual, scale_dx;
+};
+
+// The sums over columns of R rows: adds to dweight, dbias and `sums`, returns the row means of g and g x_hat.
+template <typename TX, typename TY, int R, bool COLUMNS, Mode MODE>
 static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Vec<Acc<TX>>* mean,
                                     const Vec<Acc<TX>>* rstd, const RowShape<TX>& row, const NormGradients<TX>& out,
-                                    Vec<Acc<TX>>* mean_g, Vec<Acc<TX>>* mean_gx) {
+                                    NormSums<TX, TY>& sums, Vec<Acc<TX>>* mean_g, Vec<Acc<TX>>* mean_gx) {
   using A = Acc<TX>;
   const int64_t N = row.N;
   const double one_column = 1.0 / static_cast<double>(N);
   RowSums<A, R> sum_g, sum_gx;
+  Sums<TY> sums_dy = sums.dy;
   for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
     row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
       const auto w = access.load_column(weight + k);
@@ -122,6 +141,7 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
           column_dy += dy;
           column_dyx += dy * x_hat;
         }
+        if (MODE != OFF) sums_dy.template add<MODE>(access, dy_ptr + r * N + k, sums.scale_dy);
       }
       if (COLUMNS) {
         access.store_column(out.dbias + k, column_dy);
@@ -131,15 +151,16 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
     sum_g.fold();
     sum_gx.fold();
   }
+  sums.dy = sums_dy;
   for (int r = 0; r < R; ++r) {
     mean_g[r] = broadcast<A>(static_cast<A>(sum_g.total[r] * one_column));
     mean_gx[r] = broadcast<A>(static_cast<A>(sum_gx.total[r] * one_column));
   }
 }
 
-template <typename TX, typename TY, int R, bool RESIDUAL, bool COLUMNS>
+template <typename TX, typename TY, int R, bool RESIDUAL, bool COLUMNS, Mode MODE>
 static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first_row, const RowShape<TX>& row,
-                                    const NormGradients<TX>& out) {
+                                    const NormGradients<TX>& out, NormSums<TX, TY>& sums) {
   using A = Acc<TX>;
   const int64_t N = row.N, offset = first_row * N;
   const TY* dy_ptr = p.dy + offset;
@@ -151,7 +172,8 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first
     mean[r] = broadcast<A>(p.mean[first_row + r]);
     rstd[r] = broadcast<A>(p.rstd[first_row + r]);
   }
-  norm_bwd_sums<TX, TY, R, COLUMNS>(dy_ptr, x_ptr, p.weight, mean, rstd, row, out, mean_g, mean_gx);
+  norm_bwd_sums<TX, TY, R, COLUMNS, MODE>(dy_ptr, x_ptr, p.weight, mean, rstd, row, out, sums, mean_g, mean_gx);
+  Sums<TX> sums_dresidual = sums.dresidual, sums_dx = sums.dx;
   row.for_each_vector([&](auto access, int64_t k) __attribute__((always_inline)) {
     const auto w = access.load_column(p.weight + k);
 #pragma GCC unroll 2
@@ -159,15 +181,18 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first
       const int64_t at = r * N + k;
       const auto x_hat = (access.load(x_ptr + at) - mean[r]) * rstd[r];
       auto dx = ((access.load(dy_ptr + at) * w - mean_g[r]) - x_hat * mean_gx[r]) * rstd[r];
-      if (RESIDUAL) dx += access.load(dresidual_ptr + at);
+      if (RESIDUAL) {
+        dx += access.load(dresidual_ptr + at);
+        if (MODE != OFF) sums_dresidual.template add<MODE>(access, dresidual_ptr + at, sums.scale_dresidual);
+      }
       if (dx_narrow_ptr) access.store(dx_narrow_ptr + at, dx);
       access.store(dx_ptr + at, dx);
+      if (MODE != OFF) sums_dx.template add<MODE>(access, dx_ptr + at, sums.scale_dx);
     }
   });
+  sums.dresidual = sums_dresidual;
+  sums.dx = sums_dx;
 }
-
-// How many rows a loop walks before their memory is measured.
-static GK_INLINE int64_t rows_of_chunk(int64_t N) { return std::max(ROWS, CHUNK / std::max<int64_t>(1, N) / ROWS * ROWS); }
 
 // The rows of [begin, end) for which a vector may reach beyond their last column: behind them there are WIDTH elements more.
 template <typename T>
@@ -176,27 +201,46 @@ static GK_INLINE int64_t end_of_room(int64_t N, int64_t begin, int64_t end) {
   return std::max(begin, end - (WIDTH<Acc<T>> + N - 1) / N);
 }
 
+// The rows [first, last), between two folds; those from `end_roomy` on have no room.
+template <typename TX, typename TY, bool RESIDUAL, bool COLUMNS, Mode MODE>
+static void norm_bwd_block(const NormBackward<TX, TY>& p, int64_t first, int64_t last, int64_t end_roomy,
+                           const NormGradients<TX>& out, NormMeasures<TX, TY>& measures) {
+  const int64_t N = p.N, offset = first * N, count = (last - first) * N;
+  const RowShape<TX> roomy(N, true), crowded(N, false);
+  NormSums<TX, TY> sums{{}, {}, {}, measures.dy.scale(), measures.dresidual.scale(), measures.dx.scale()};
+  int64_t row = first;
+  for (; row + ROWS <= std::min(last, end_roomy); row += ROWS)
+    norm_bwd_rows<TX, TY, ROWS, RESIDUAL, COLUMNS, MODE>(p, row, roomy, out, sums);
+  for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, RESIDUAL, COLUMNS, MODE>(p, row, crowded, out, sums);
+  if (MODE == OFF) return;
+  measures.dy.fold(MODE, sums.dy, p.dy + offset, count);
+  if (RESIDUAL) measures.dresidual.fold(MODE, sums.dresidual, p.dresidual + offset, count);
+  measures.dx.fold(MODE, sums.dx, p.dx + offset, count);
+}
+
 template <typename TX, typename TY, bool RESIDUAL, bool COLUMNS>
 static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, const NormGradients<TX>& out) {
-  const int64_t N = p.N, rows = rows_of_chunk(N), end_roomy = end_of_room<TX>(N, begin, end);
-  const RowShape<TX> roomy(N, true), last_one(N, false);
+  const int64_t N = p.N, end_roomy = end_of_room<TX>(N, begin, end);
+  const int64_t additions = N / STEP<TX> + (N % STEP<TX> ? 2 : 0);  // to a lane, of one row
+  // Rows of a few vectors, and those too long for one sum in float, are measured behind the loop.
+  const bool in_loop = N >= 2 * STEP<TX> && ROWS * additions <= 512;
+  const int64_t rows = std::max(ROWS, (in_loop ? 256 / additions : FOLD / std::max<int64_t>(1, N)) / ROWS * ROWS);
+  static constexpr decltype(&norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, OFF>) blocks[] = {
+      norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, OFF>, norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, FAST>,
+      norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, FINITE>, norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, SCALED>};
   const auto cell = [&](int port) { return out.cells ? out.cells + port : nullptr; };
-  Measure<TY> measure_dy(cell(0));
-  Measure<TX> measure_residual(RESIDUAL ? cell(1) : nullptr), measure_dx(cell(2));
-  for (int64_t first = begin; first < end; first += rows) {
-    const int64_t last = std::min(end, first + rows), offset = first * N, count = (last - first) * N;
-    int64_t row = first;
-    for (; row + ROWS <= std::min(last, end_roomy); row += ROWS)
-      norm_bwd_rows<TX, TY, ROWS, RESIDUAL, COLUMNS>(p, row, roomy, out);
-    for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, RESIDUAL, COLUMNS>(p, row, last_one, out);
-    measure_dy.add(p.dy + offset, count);
-    if (RESIDUAL) measure_residual.add(p.dresidual + offset, count);
-    measure_dx.add(p.dx + offset, count);
+  NormMeasures<TX, TY> measures{Measure<TY>(cell(0)), Measure<TX>(RESIDUAL ? cell(1) : nullptr), Measure<TX>(cell(2))};
+  for (int64_t first = begin, last; first < end; first = last) {
+    last = std::min(end, first + (first == begin ? std::max(ROWS, rows / 8 / ROWS * ROWS) : rows));
+    blocks[in_loop ? measures.mode() : OFF](p, first, last, end_roomy, out, measures);
+    if (out.cells && !in_loop) {
+      const int64_t offset = first * N, count = (last - first) * N;
+      measures.dy.add(p.dy + offset, count);
+      if (RESIDUAL) measures.dresidual.add(p.dresidual + offset, count);
+      measures.dx.add(p.dx + offset, count);
+    }
     if (COLUMNS && out.dweight_total && (last - begin) / ROWS_OF_A_SUM != (first - begin) / ROWS_OF_A_SUM) out.fold_columns(N);
   }
-  measure_dy.finish(p.dy + end * N);
-  if (RESIDUAL) measure_residual.finish(p.dresidual + end * N);
-  measure_dx.finish(p.dx + end * N);
 }
 
 template <typename TX, typename TY>
@@ -211,10 +255,10 @@ template <typename TX, typename TY>
 static void norm_fwd(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, double eps, int64_t N, int64_t begin,
                      int64_t end, int64_t end_of_program, Acc<TX>* mean, Acc<TX>* rstd) {
   const int64_t end_roomy = std::min(end, end_of_room<TX>(N, begin, end_of_program));
-  const RowShape<TX> roomy(N, true), last_one(N, false);
+  const RowShape<TX> roomy(N, true), crowded(N, false);
   int64_t row = begin;
   for (; row + ROWS <= end_roomy; row += ROWS)
     norm_fwd_rows<TX, TY, ROWS>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), roomy, mean + row, rstd + row);
   for (; row < end; ++row)
-    norm_fwd_rows<TX, TY, 1>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), last_one, mean + row, rstd + row);
+    norm_fwd_rows<TX, TY, 1>(x + row * N, y + row * N, weight, bias, Acc<TX>(eps), crowded, mean + row, rstd + row);
 }

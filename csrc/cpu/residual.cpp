@@ -9,23 +9,34 @@ namespace gk::GK_ISA {
 
 #include "measure.h"
 
+template <typename T, Mode MODE>
+static void fork_block(const T* dskip, const T* dbranch, T* dx, int64_t count, Measure<T>* measures) {
+  Sums<T> sums_skip, sums_branch, sums_dx;
+  const auto scale_skip = measures[0].scale(), scale_branch = measures[1].scale(), scale_dx = measures[2].scale();
+  for_each_vector<T>(0, count, [&](auto access, int64_t k) __attribute__((always_inline)) {
+    access.store(dx + k, access.load(dskip + k) + access.load(dbranch + k));
+    if (MODE == OFF) return;
+    sums_skip.template add<MODE>(access, dskip + k, scale_skip);
+    sums_branch.template add<MODE>(access, dbranch + k, scale_branch);
+    sums_dx.template add<MODE>(access, dx + k, scale_dx);
+  });
+  if (MODE == OFF) return;
+  measures[0].fold(MODE, sums_skip, dskip, count);
+  measures[1].fold(MODE, sums_branch, dbranch, count);
+  measures[2].fold(MODE, sums_dx, dx, count);
+}
+
 // cells: for dskip, dbranch and dx; null where nothing is measured.
 template <typename T>
 static void residual_bwd(const T* dskip, const T* dbranch, T* dx, int64_t begin, int64_t end, Cell* cells) {
+  static constexpr decltype(&fork_block<T, OFF>) blocks[] = {fork_block<T, OFF>, fork_block<T, FAST>, fork_block<T, FINITE>,
+                                                             fork_block<T, SCALED>};
   const auto cell = [&](int port) { return cells ? cells + port : nullptr; };
-  Measure<T> measure_skip(cell(0)), measure_branch(cell(1)), measure_dx(cell(2));
-  for (int64_t first = begin; first < end; first += CHUNK) {
-    const int64_t last = std::min(end, first + CHUNK);
-    for_each_vector<T>(first, last, [&](auto access, int64_t k) __attribute__((always_inline)) {
-      access.store(dx + k, access.load(dskip + k) + access.load(dbranch + k));
-    });
-    measure_skip.add(dskip + first, last - first);
-    measure_branch.add(dbranch + first, last - first);
-    measure_dx.add(dx + first, last - first);
-  }
-  measure_skip.finish(dskip + end);
-  measure_branch.finish(dbranch + end);
-  measure_dx.finish(dx + end);
+  Measure<T> measures[] = {Measure<T>(cell(0)), Measure<T>(cell(1)), Measure<T>(cell(2))};
+  for_each_block(begin, end, [&](int64_t first, int64_t last) {
+    const Mode mode = std::max({measures[0].mode(), measures[1].mode(), measures[2].mode()});
+    blocks[mode](dskip + first, dbranch + first, dx + first, last - first, measures);
+  });
 }
 }  // namespace gk::GK_ISA
 #else

@@ -149,7 +149,7 @@ static GK_INLINE void store_pair(T* p, Pair<Acc<T>> v) {
 // How a loop reads and writes the elements of an array of T: a pair of vectors at a time, as long as there are so many.
 template <typename T>
 struct Whole {
-  static constexpr int64_t size = STEP<T>;
+  using type = T;
 
   template <typename U>
   GK_INLINE Pair<Acc<T>> load(const U* p) const {
@@ -160,6 +160,10 @@ struct Whole {
     store_pair(p, v);
   }
   GK_INLINE Pair<Acc<T>> keep(Pair<Acc<T>> v) const { return v; }
+  template <typename Bits, typename U>
+  GK_INLINE Bits load_bits(const U* p) const {
+    return load_as<Bits>(p);
+  }
   // The same of an array that goes on behind its last element, in whole vectors.
   GK_INLINE Pair<Acc<T>> load_column(const Acc<T>* p) const { return load_pair(p); }
   GK_INLINE void store_column(Acc<T>* p, Pair<Acc<T>> v) const { store_pair(p, v); }
@@ -170,6 +174,7 @@ struct Whole {
 // overwritten with anything. AVX-512 needs none: it reads and writes the lanes it is told to.
 template <typename T>
 struct Part {
+  using type = T;
   using A = Acc<T>;
   GK_INLINE Vec<A> load_column(const A* p) const { return gk::GK_ISA::load(p); }
   GK_INLINE void store_column(A* p, Vec<A> v) const { gk::GK_ISA::store(p, v); }
@@ -180,6 +185,10 @@ struct Part {
   template <typename U>
   GK_INLINE Vec<A> load(const U* p) const {
     return widen(_mm256_maskz_loadu_epi16((__mmask16)lanes, p), U());
+  }
+  template <typename Bits, typename U>
+  GK_INLINE Bits load_bits(const U* p) const {
+    return (Bits)_mm512_zextsi256_si512(_mm256_maskz_loadu_epi16((__mmask16)lanes, p));
   }
   GK_INLINE void store(float* p, F v) const { _mm512_mask_storeu_ps(p, (__mmask16)lanes, (__m512)v); }
   GK_INLINE void store(double* p, Vec<double> v) const { _mm512_mask_storeu_pd(p, (__mmask8)lanes, (__m512d)v); }
@@ -203,6 +212,13 @@ struct Part {
     U padded[WIDTH<A>] = {};
     __builtin_memcpy((void*)padded, p, count * sizeof(U));
     return gk::GK_ISA::load(padded);
+  }
+  // The bits of 16-bit elements, in a vector that has zeros in its second half.
+  template <typename Bits, typename U>
+  GK_INLINE Bits load_bits(const U* p) const {
+    U padded[STEP<T>] = {};
+    __builtin_memcpy((void*)padded, p, count * sizeof(U));
+    return load_as<Bits>(padded);
   }
   template <typename U>
   GK_INLINE void store(U* p, Vec<A> v) const {
@@ -258,37 +274,63 @@ static GK_INLINE Vec<A> magnitude(Vec<A> v) {
   return (Vec<A>)((typename Lanes<A>::integer)v & magnitude_bits<A>());
 }
 
-// Lanes of integer vectors as counters: what where_...() finds is counted by count_if() and left out by zero_where().
-// where_zero: the lanes in which none of the bits `among` is set.
+// Lanes of integer vectors as counters and as magnitudes: the bits of a float without its sign, which order as it does.
 #if GK_VECTOR_BYTES == 64
-#define GK_INTEGER_LANES(bits, type, mask)                                                                                \
-  typedef int##bits##_t type __attribute__((vector_size(64)));                                                            \
-  static GK_INLINE mask where_zero(type v, type among) { return _mm512_testn_epi##bits##_mask((__m512i)v, (__m512i)among); } \
-  static GK_INLINE mask where_above(type v, type limit) { return _mm512_cmpgt_epi##bits##_mask((__m512i)v, (__m512i)limit); } \
-  static GK_INLINE void count_if(type& counter, mask lanes) {                                                             \
-    counter = (type)_mm512_mask_sub_epi##bits((__m512i)counter, lanes, (__m512i)counter, _mm512_set1_epi32(-1));          \
-  }                                                                                                                       \
-  static GK_INLINE type zero_where(mask lanes, type v) { return (type)_mm512_maskz_mov_epi##bits(~lanes, (__m512i)v); }
+#define GK_INTEGER_LANES(bits, type, mask)                                                                             \
+  typedef int##bits##_t type __attribute__((vector_size(64)));                                                         \
+  static GK_INLINE type higher_bits(type a, type b) { return (type)_mm512_max_epi##bits((__m512i)a, (__m512i)b); }     \
+  static GK_INLINE type one_where_nonzero(type magnitudes) {                                                           \
+    return (type)_mm512_min_epi##bits((__m512i)magnitudes, (__m512i)(type{} + 1));                                     \
+  }                                                                                                                    \
+  static GK_INLINE mask where_at_most(type v, type limit) {                                                            \
+    return _mm512_cmple_epi##bits##_mask((__m512i)v, (__m512i)limit);                                                  \
+  }                                                                                                                    \
+  static GK_INLINE void count_where(mask lanes, type& counter) {                                                       \
+    counter = (type)_mm512_mask_sub_epi##bits((__m512i)counter, lanes, (__m512i)counter, _mm512_set1_epi32(-1));       \
+  }                                                                                                                    \
+  static GK_INLINE type keep_where(mask lanes, type v) { return (type)_mm512_maskz_mov_epi##bits(lanes, (__m512i)v); } \
+  static GK_INLINE type higher_where(mask lanes, type v, type running) {                                               \
+    return (type)_mm512_mask_max_epi##bits((__m512i)running, lanes, (__m512i)v, (__m512i)running);                     \
+  }
 GK_INTEGER_LANES(16, Integers16, __mmask32)
 GK_INTEGER_LANES(32, Integers32, __mmask16)
 GK_INTEGER_LANES(64, Integers64, __mmask8)
 #undef GK_INTEGER_LANES
+static GK_INLINE F add_square_where(__mmask16 lanes, F v, F sum) {
+  return (F)_mm512_mask3_fmadd_ps((__m512)v, (__m512)v, (__m512)sum, lanes);
+}
+static GK_INLINE Vec<double> add_square_where(__mmask8 lanes, Vec<double> v, Vec<double> sum) {
+  return (Vec<double>)_mm512_mask3_fmadd_pd((__m512d)v, (__m512d)v, (__m512d)sum, lanes);
+}
 #else
 template <typename I>
-static GK_INLINE I where_zero(I v, I among) {
-  return (I)((v & among) == 0);
+static GK_INLINE I higher_bits(I a, I b) {
+  return a > b ? a : b;
 }
 template <typename I>
-static GK_INLINE I where_above(I v, I limit) {
-  return (I)(v > limit);
+static GK_INLINE I one_where_nonzero(I magnitudes) {
+  return -(I)(magnitudes > 0);
 }
 template <typename I>
-static GK_INLINE void count_if(I& counter, I lanes) {
+static GK_INLINE I where_at_most(I v, I limit) {
+  return (I)(v <= limit);
+}
+template <typename I>
+static GK_INLINE void count_where(I lanes, I& counter) {
   counter -= lanes;
 }
 template <typename I>
-static GK_INLINE I zero_where(I lanes, I v) {
-  return v & ~lanes;
+static GK_INLINE I keep_where(I lanes, I v) {
+  return v & lanes;
+}
+template <typename I>
+static GK_INLINE I higher_where(I lanes, I v, I running) {
+  return higher_bits(v & lanes, running);
+}
+template <typename I, typename V>
+static GK_INLINE V add_square_where(I lanes, V v, V sum) {
+  v = (V)((I)v & lanes);
+  return sum + v * v;
 }
 #endif
 
