@@ -68,19 +68,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
   return {y, new_residual, mean, rstd};
 }
 
-// dy or dnew_residual may be absent, not both. dx is the gradient of residual, in its dtype, and of x too: dx_narrow holds
-// it again in x's dtype where that differs (a tensor of no elements where not).
+// dy or dnew_residual may be absent, not both. dresidual is the gradient of new_residual's two terms, in residual's dtype;
+// with `separate_dx`, dx is the same once more in x's dtype, for an x that cannot share it (else a tensor of no elements).
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const OptionalTensor& dy_any, const OptionalTensor& dnew_residual_any, const Tensor& new_residual_any, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_dims, at::ScalarType x_dtype,
-    bool columns, const OptionalTensor& stats) {
+    bool separate_dx, bool columns, const OptionalTensor& stats) {
   const Tensor h = new_residual_any.contiguous();
   const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
   const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();
   const int64_t N = num_columns(h, num_dims), M = N == 0 ? 0 : h.numel() / N, programs = num_programs(M, N);
-  Tensor dx = at::empty(h.sizes(), h.options()), dweight, dbias;
-  const bool narrow = dy.scalar_type() != h.scalar_type();
-  Tensor dx_narrow = narrow ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
+  Tensor dresidual = at::empty(h.sizes(), h.options()), dweight, dbias;
+  Tensor dx = separate_dx ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
   const Tensor w = column_factor(weight, N, h, 1);
   std::vector<Cell> cells(3 * programs);
   dispatch_pair(h, dy, [&]<typename TX, typename TY>() {
@@ -93,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
                                    w.const_data_ptr<A>(),
                                    mean.const_data_ptr<A>(),
                                    rstd.const_data_ptr<A>(),
-                                   dx.mutable_data_ptr<TX>(),
-                                   narrow ? dx_narrow.mutable_data_ptr<TY>() : nullptr,
+                                   dresidual.mutable_data_ptr<TX>(),
+                                   separate_dx ? dx.mutable_data_ptr<TY>() : nullptr,
                                    N};
       const NormGradients<TX> out{sums.dweight(program), sums.dbias(program), &cells[3 * program]};
       const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
@@ -105,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   if (dy_any) record(stats, 0, cells.data(), 3, programs, dy.numel());
   if (dnew_residual_any) record(stats, 1, cells.data() + 1, 3, programs, h.numel());
   record(stats, 2, cells.data() + 2, 3, programs, h.numel());
-  return {dx, dx_narrow, dweight, dbias};
+  return {dresidual, dx, dweight, dbias};
 }
 
 }  // namespace gk

@@ -15,7 +15,7 @@ struct NormBackward {
   const TX *x, *dresidual;  // dresidual: null where no gradient arrives beside dy
   const Acc<TX>*weight, *mean, *rstd;
   TX* dx;
-  TY* dx_narrow;  // dx again in dy's dtype; null where both dtypes are the same
+  TY* dx_narrow;  // dx again, in dy's dtype; null where one is enough
   int64_t N;
 };
 

@@ -145,7 +145,7 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, 
         dx += load_pair(dresidual_ptr + at);
         if (TELEMETRY) add(measure_residual, dresidual_ptr + at);
       }
-      if constexpr (!std::is_same_v<TX, TY>) store_pair(p.dx_narrow + row * N + at, dx);
+      if (p.dx_narrow) store_pair(p.dx_narrow + row * N + at, dx);
       store_pair(dx_ptr + at, dx);
       if (TELEMETRY) add(measure_dx, dx_ptr + at);
     }
@@ -159,7 +159,7 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t row, 
         dx += load_tail(dresidual_ptr + at, tail);
         if (TELEMETRY) add_tail(measure_residual, dresidual_ptr + at, tail);
       }
-      if constexpr (!std::is_same_v<TX, TY>) store_tail(p.dx_narrow + row * N + at, dx, tail);
+      if (p.dx_narrow) store_tail(p.dx_narrow + row * N + at, dx, tail);
       store_tail(dx_ptr + at, dx, tail);
       if (TELEMETRY) add_tail(measure_dx, dx_ptr + at, tail);
     }
