@@ -1,6 +1,6 @@
 """No gradient shares memory with another one, with what it came from, or with what was saved: writing into it changes it alone.
 
-test_fallback.py runs this file without the extension, test_triton.py on the Triton kernels.
+test_fallback.py runs this file without the extension, test_triton.py what is quick enough on the Triton kernels.
 """
 
 from itertools import combinations

@@ -34,8 +34,8 @@ def test_kernels():
 
 
 def test_shared_memory():
-    """tests/test_shared_memory.py on the kernels."""
-    run_tests("-p", "on_triton", "test_shared_memory.py", "-W", "ignore")
+    """tests/test_shared_memory.py on the kernels, but for all choices, which take thousands of interpreted calls."""
+    run_tests("-p", "on_triton", "test_shared_memory.py", "-W", "ignore", "-k", "halving or zeroes")
 
 
 @pytest.mark.parametrize("part", ["lstm", "stack"])

@@ -2,6 +2,7 @@
 // the gradient of new_residual to LayerNorm's in the loop that computes it. The loops are in norm_rows.h.
 // residual and new_residual share a dtype TX, x and y a dtype TY.
 #include "norm.h"
+#include "norm_checks.h"
 
 #define GK_SOURCE "add_layer_norm.cpp"
 #include "each_isa.h"
@@ -50,6 +51,9 @@ static void dispatch_pair(const Tensor& residual, const Tensor& x, const Body& b
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_any, const Tensor& residual_any,
                                                               const OptionalTensor& weight, const OptionalTensor& bias,
                                                               int64_t num_dims, double eps) {
+  check_norm("add_layer_norm_fwd", "x", x_any, weight, bias, num_dims, x_any.scalar_type());
+  check_shape("add_layer_norm_fwd", "residual", residual_any, x_any.sizes());
+  check_dtype_or_float("add_layer_norm_fwd", "residual", residual_any.scalar_type(), x_any.scalar_type());
   const Tensor x = x_any.contiguous(), residual = residual_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N;
   const auto options = x.options().dtype(accumulator_dtype(x));
@@ -74,6 +78,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const OptionalTensor& dy_any, const OptionalTensor& dnew_residual_any, const Tensor& new_residual_any, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_dims, at::ScalarType x_dtype,
     bool separate_dx, bool columns, const OptionalTensor& stats) {
+  const char* op = "add_layer_norm_bwd";
+  check_floating(op, "x_dtype", x_dtype);
+  check_norm(op, "new_residual", new_residual_any, weight, bias, num_dims, x_dtype);
+  check_dtype_or_float(op, "new_residual", new_residual_any.scalar_type(), x_dtype);
+  check(op, "dy", dy_any, new_residual_any.sizes(), x_dtype);
+  check(op, "dnew_residual", dnew_residual_any, new_residual_any.sizes(), new_residual_any.scalar_type());
+  check_row_statistic(op, "mean", mean, new_residual_any, num_dims);
+  check_row_statistic(op, "rstd", rstd, new_residual_any, num_dims);
+  check_stats(op, stats, 5);
   const Tensor h = new_residual_any.contiguous();
   const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
   const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();

@@ -141,7 +141,7 @@ def norm_bwd(
     stats: torch.Tensor | None,
     dx_port: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dh, dx (dh again in x's dtype; no elements unless `separate_dx`), dweight, dbias. Two launches; one without the last two."""
+    """dh, dx (dh in x's dtype; no elements unless `separate_dx`), dweight, dbias. Two launches; one without the last two."""
     dh, dx = h.new_empty(h.shape), h.new_empty(h.shape if separate_dx else 0, dtype=x_dtype)
     dweight, dbias = (h.new_empty(0) if p is None or not columns else p.new_empty(p.shape) for p in (weight, bias))
     has_dweight, has_dbias = columns and weight is not None, columns and bias is not None
