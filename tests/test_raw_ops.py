@@ -1,6 +1,6 @@
 """torch.ops.gradkernels.* on the CPU, called as no public function does: an error by name, never memory that is not theirs."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -88,44 +88,25 @@ def spoiled(t):
     }
 
 
-# What another tensor of the same op need not fit: the number of rows or steps, or any shape.
-FREE = {
-    ("gelu_fwd", "x"): (
-        "a row less",
-        "a row more",
-        "a column less",
-        "a column more",
-        "flat",
-        "deeper",
-        "torch.float64",
-        "torch.float16",
-    ),
-    ("probe_bwd", "dy"): (
-        "a row less",
-        "a row more",
-        "a column less",
-        "a column more",
-        "flat",
-        "deeper",
-        "torch.float64",
-        "torch.float16",
-    ),
-    ("probe_bwd", "stats"): ("a row more",),
-    ("layer_norm_fwd", "x"): ("a row less", "a row more", "deeper", "torch.float16"),
-    ("add_layer_norm_fwd", "x"): ("torch.float16",),
-    ("lstm_layer_fwd", "x"): ("a row less", "a row more"),
-    ("lstm_layer_bwd", "time_stats"): ("a row less", "a row more"),
+ROWS = frozenset(("a row less", "a row more"))
+ANY = ROWS | {"a column less", "a column more", "flat", "deeper", "torch.float64", "torch.float16"}
+FREE = {  # what the other arguments leave open
+    ("gelu_fwd", "x"): ANY,
+    ("probe_bwd", "dy"): ANY,
+    ("probe_bwd", "stats"): {"a row more"},
+    ("layer_norm_fwd", "x"): ROWS | {"deeper", "torch.float16"},
+    ("add_layer_norm_fwd", "x"): {"torch.float16"},
+    ("lstm_layer_fwd", "x"): ROWS,
+    ("lstm_layer_bwd", "time_stats"): ROWS,
 }
 
 
 @pytest.mark.parametrize(("op", "name"), TENSORS, ids=str)
 def test_every_tensor_of_another_shape_or_dtype(op, name):
     for what, wrong in spoiled(arguments(op)[name]).items():
-        if what in FREE.get((op, name), ()):
+        free = what in FREE.get((op, name), ())
+        with nullcontext() if free else pytest.raises((ValueError, TypeError), match=f"^{op}: "):
             call(op, **{name: wrong})
-            continue
-        with pytest.raises((ValueError, TypeError), match=f"^{op}: "):
-            print(what, call(op, **{name: wrong}))
 
 
 ERRORS = (
@@ -235,7 +216,7 @@ def test_a_table_resized_between_forward_and_backward(op, shape):
     leaves = [t.requires_grad_() for t in case.inputs]
     outputs = tuple_of(case.function(*leaves, stats=stats))
     stats.resize_(shape)
-    with pytest.raises(ValueError, match="^[a-z_]*_bwd: (stats must|port must be a row of stats)"):
+    with pytest.raises(ValueError, match=r"^[a-z_]*_bwd: (stats must|port must be a row of stats)"):
         torch.autograd.backward(outputs, case.dys)
 
 

@@ -1,12 +1,10 @@
 // What an op checks of its arguments before a loop gets pointers to them, so that no call, not one of torch.ops.gradkernels.*
 // itself, reads or writes beyond a tensor. The public functions in gradkernels/ops/ have said earlier, on every device, what
-// a user can get wrong; here it is found once more what they have seen, and for the first time what they do not see:
-// gradients, what was saved, and tables that are no longer what they were in the forward pass.
+// a user can get wrong. What they do not see is found here alone: gradients, what was saved, and tables that are no longer
+// what they were in the forward pass.
 //
 // A check that holds is a comparison or two. Messages are made by functions that are called when one fails.
 #pragma once
-
-#include <c10/util/SmallVector.h>
 
 #include <sstream>
 
@@ -83,6 +81,16 @@ inline void check_stats(const char* op, const Tensor& stats, int64_t ports) {
 }
 inline void check_stats(const char* op, const OptionalTensor& stats, int64_t ports) {
   if (stats) check_stats(op, *stats, ports);
+}
+
+// A table of time steps: the first row is about all of them.
+inline void check_time_stats(const char* op, const Tensor& time_stats) {
+  constexpr int64_t FIELDS = 12;  // gradkernels/telemetry.py, TIME_FIELDS
+  check_dtype(op, "time_stats", time_stats, at::kDouble);
+  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) == FIELDS, op,
+                    ": time_stats must have shape (1 + steps, fields) = (1 + steps, ", FIELDS, "), got ",
+                    tuple_of(time_stats.sizes()));
+  check_contiguous(op, "time_stats", time_stats);
 }
 
 }  // namespace gk

@@ -1,6 +1,8 @@
 // What lstm_layer and lstm_cell check: see checks.h. batch_sizes are read, and checked, where Steps are made.
 #pragma once
 
+#include <c10/util/SmallVector.h>
+
 #include "checks.h"
 
 namespace gk {
@@ -86,13 +88,7 @@ inline void check_lstm_layer_gradients(const char* op, const LstmSizes& sizes, c
   check_saved(op, "gates", gates, {rows, 4 * sizes.H}, dtype);
   check_saved(op, "cells", cells, {rows, sizes.H}, dtype);
   check_stats(op, stats, 6);
-  if (!time_stats) return;
-  constexpr int64_t FIELDS = 12;
-  check_dtype(op, "time_stats", *time_stats, at::kDouble);
-  TORCH_CHECK_VALUE(time_stats->dim() == 2 && time_stats->size(0) > 0 && time_stats->size(1) == FIELDS, op,
-                    ": time_stats must have shape (1 + steps, fields) = (1 + steps, ", FIELDS, "), got ",
-                    tuple_of(time_stats->sizes()));
-  check_contiguous(op, "time_stats", *time_stats);
+  if (time_stats) check_time_stats(op, *time_stats);
 }
 
 }  // namespace gk
