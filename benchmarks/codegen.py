@@ -199,7 +199,7 @@ def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
                     layer_norm.layer_norm_bwd,
                     (x, x, mean, mean, weight, weight, 1, True, make(4)),
                 )
-                last = (mean, mean, weight, weight, 1, dtype, True, make(5))
+                last = (mean, mean, weight, weight, 1, dtype, True, True, make(5))
                 yield {"op": "add_layer_norm", **what}, add_layer_norm.add_layer_norm_bwd, (x, h, h, *last)
                 if not on:
                     yield {"op": "layer_norm", **what}, layer_norm.layer_norm_fwd, (x, weight, weight, 1, 1e-5)

@@ -123,27 +123,29 @@ struct AddLayerNormBackward : Node {
   }
   variable_list apply(variable_list&& gradients) override {
     using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-    static const auto kernel =
-        find<Gradients(const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                       const OptionalTensor&, const OptionalTensor&, int64_t, at::ScalarType, bool, const OptionalTensor&)>(
-            "gradkernels::add_layer_norm_bwd");
+    static const auto kernel = find<Gradients(
+        const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+        const OptionalTensor&, int64_t, at::ScalarType, bool, bool, const OptionalTensor&)>("gradkernels::add_layer_norm_bwd");
     static const auto differentiable =
         find<Gradients(const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-                       const OptionalTensor&, int64_t, double, at::ScalarType, bool, const OptionalTensor&)>(
+                       const OptionalTensor&, int64_t, double, at::ScalarType, bool, bool, const OptionalTensor&)>(
             "gradkernels::add_layer_norm_bwd_differentiable");
     if (!gradients[0].defined() && !gradients[1].defined()) return variable_list(4);
     std::lock_guard<std::mutex> lock(mutex_);
     const auto dy = optional(gradients[0]), dnew_residual = optional(gradients[1]);
     const auto w = optional(weight.unpack()), b = optional(bias.unpack());
     const Tensor h = new_residual.unpack(getptr());
+    const bool of_x = task_should_compute_output(0), of_residual = task_should_compute_output(1);
+    const bool separate_dx = of_x && (of_residual || x_dtype != h.scalar_type());
     const bool columns = task_should_compute_output(2) || task_should_compute_output(3);
-    const auto [dx, dx_narrow, dweight, dbias] = run_backward(
-        [&] { return differentiable.call(dy, dnew_residual, h, w, b, num_dims, eps, x_dtype, columns, stats); },
+    const auto [dresidual, dx, dweight, dbias] = run_backward(
+        [&] { return differentiable.call(dy, dnew_residual, h, w, b, num_dims, eps, x_dtype, separate_dx, columns, stats); },
         [&] {
-          return kernel.call(dy, dnew_residual, h, mean.unpack(), rstd.unpack(), w, b, num_dims, x_dtype, columns, stats);
+          return kernel.call(dy, dnew_residual, h, mean.unpack(), rstd.unpack(), w, b, num_dims, x_dtype, separate_dx, columns,
+                             stats);
         });
-    const bool narrow = x_dtype != h.scalar_type();
-    return {narrow ? dx_narrow : dx, dx, w && columns ? dweight : Tensor(), b && columns ? dbias : Tensor()};
+    return {of_x ? (separate_dx ? dx : dresidual) : Tensor(), of_residual ? dresidual : Tensor(),
+            w && columns ? dweight : Tensor(), b && columns ? dbias : Tensor()};
   }
 };
 

@@ -1,8 +1,15 @@
 // The autograd nodes of lstm_layer and lstm_cell: see autograd.cpp. Twins of the Functions in gradkernels/ops/.
 #include "autograd.h"
 
+#include <ATen/ops/clone.h>
+
 namespace gk {
 namespace {
+
+// The gradient of either bias, undefined where not wanted: equal numbers, but a tensor each, as any two gradients.
+std::tuple<Tensor, Tensor> of_both_biases(const Tensor& dbias_ih, const Tensor& dbias_hh) {
+  return {dbias_ih, dbias_ih.defined() && dbias_hh.defined() ? dbias_hh.clone() : dbias_hh};
+}
 
 using Layer = std::tuple<Tensor, Tensor, Tensor>;
 using LayerFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -55,8 +62,9 @@ struct LstmLayerBackward : Node {
                              gates.unpack(), cells.unpack(), reverse, inputs, weights, stats, time_stats);
         });
     const auto wanted = [&](size_t k, const Tensor& d) { return task_should_compute_output(k) ? d : Tensor(); };
-    return {wanted(0, dx),         wanted(1, dh0),   wanted(2, dc0),   wanted(3, dweight_ih),
-            wanted(4, dweight_hh), wanted(5, dbias), wanted(6, dbias), wanted(7, dweight_hr)};
+    const auto [dbias_ih, dbias_hh] = of_both_biases(wanted(5, dbias), wanted(6, dbias));
+    return {wanted(0, dx),         wanted(1, dh0), wanted(2, dc0), wanted(3, dweight_ih),
+            wanted(4, dweight_hh), dbias_ih,       dbias_hh,       wanted(7, dweight_hr)};
   }
 };
 
@@ -134,8 +142,8 @@ struct LstmCellBackward : Node {
           return kernel.call(dh_next, dc_next, in, h_in, c_in, w_ih, w_hh, b_ih, b_hh, gates.unpack(), inputs, weights, stats);
         });
     const auto wanted = [&](size_t k, const Tensor& d) { return task_should_compute_output(k) ? d : Tensor(); };
-    return {wanted(0, dx),         wanted(1, dh),    wanted(2, dc),   wanted(3, dweight_ih),
-            wanted(4, dweight_hh), wanted(5, dbias), wanted(6, dbias)};
+    const auto [dbias_ih, dbias_hh] = of_both_biases(wanted(5, dbias), wanted(6, dbias));
+    return {wanted(0, dx), wanted(1, dh), wanted(2, dc), wanted(3, dweight_ih), wanted(4, dweight_hh), dbias_ih, dbias_hh};
   }
 };
 

@@ -115,6 +115,8 @@ def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str,
     if stats.dim() != 3 or stats.shape[0] != len(ports) or stats.shape[2] != len(FIELDS):
         expected = f"(ports, cells, fields) = ({len(ports)}, cells, {len(FIELDS)})"
         raise ArgumentError(f"{op}: stats must have shape {expected}, got {tuple(stats.shape)}")
+    if stats.shape[1] < 1:
+        raise ArgumentError(f"{op}: stats must have a cell or more, got shape {tuple(stats.shape)}")
     if not stats.is_contiguous():
         raise ArgumentError(f"{op}: stats must be contiguous, got strides {stats.stride()}")
     if stats.device != x.device:

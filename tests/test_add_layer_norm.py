@@ -62,7 +62,7 @@ def test_reference(parameters):
     y, h, mean, rstd = add_layer_norm_fwd_reference(x, residual, weight, bias, 2, 1e-5)
     compare("y", y.detach(), exact[0].detach(), exact[0].detach(), terms=10.0)
     compare("new_residual", h.detach(), exact[1].detach(), exact[1].detach())
-    dx, _, *columns = add_layer_norm_bwd_reference(*dys, h, mean, rstd, weight, bias, 2, torch.float64, True)
+    dx, _, *columns = add_layer_norm_bwd_reference(*dys, h, mean, rstd, weight, bias, 2, torch.float64, False, True)
     found = [d for d in (dx, *columns) if d.numel()]
     for ours_d, exact_d in zip(found, torch.autograd.grad(exact, leaves, dys), strict=True):
         compare("d", ours_d.detach(), exact_d, exact_d, terms=10.0)
@@ -194,10 +194,14 @@ def test_op(dtypes, stats):
     stats = gk.new_stats(5) if stats else None
     torch.library.opcheck(OP.add_layer_norm_fwd.default, (x, residual, weight, bias, 1, 1e-5))
     _, h, mean, rstd = OP.add_layer_norm_fwd(x, residual, weight, bias, 1, 1e-5)
-    for dys, columns in (((dy, None), True), ((None, dnew_residual), True), ((dy, dnew_residual), False)):
-        arguments = (*dys, h, mean, rstd, weight, None, 1, dtypes[0], columns, stats)
+    for dys, flags in (
+        ((dy, None), (True, True)),
+        ((None, dnew_residual), (False, True)),
+        ((dy, dnew_residual), (True, False)),
+    ):
+        arguments = (*dys, h, mean, rstd, weight, None, 1, dtypes[0], *flags, stats)
         torch.library.opcheck(OP.add_layer_norm_bwd.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (dy, dnew_residual, h, mean, rstd, weight, bias, 1, dtypes[0], True, stats)
+    arguments = (dy, dnew_residual, h, mean, rstd, weight, bias, 1, dtypes[0], True, True, stats)
     torch.library.opcheck(OP.add_layer_norm_bwd.default, arguments)
 
 
@@ -257,6 +261,7 @@ ERRORS = (
     (dict(bias=torch.ones(5, device="meta")), gk.ArgumentError, "bias must be on x's device, cpu, got meta"),
     (dict(stats=stats_of(5, 1, 8, dtype=torch.float32)), TypeError, "stats must be float64, got torch.float32"),
     (dict(stats=stats_of(4, 1, 8)), gk.ArgumentError, r"stats must have shape .* \(5, cells, 8\), got \(4, 1, 8\)"),
+    (dict(stats=stats_of(5, 0, 8)), gk.ArgumentError, r"stats must have a cell or more, got shape \(5, 0, 8\)"),
     (dict(stats=stats_of(5, 1, 8, device="meta")), gk.ArgumentError, "stats must be on x's device, cpu, got meta"),
 )
 

@@ -46,6 +46,10 @@ def test_ops_without_extension(op):
     run_tests("-p", "without_extension", f"test_{op}.py", "-k", "not inductor and not tails and not threads")
 
 
+def test_shared_memory_without_extension():
+    run_tests("-p", "without_extension", "test_shared_memory.py")
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_instruction_sets(capability):
     """Every kernel, dtype and field on an instruction set this CPU has, other than the one all other tests run on."""

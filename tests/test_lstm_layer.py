@@ -326,6 +326,7 @@ ERRORS = (
     (dict(h0=torch.ones(2, 5, device="meta")), gk.ArgumentError, "h0 must be on x's device, cpu, got meta"),
     (dict(batch_sizes=torch.ones(3).long()), gk.ArgumentError, r"x must have shape \(rows, D\) where batch_sizes are given"),
     (dict(stats=torch.zeros(4, 1, 8).double()), gk.ArgumentError, r"\(6, cells, 8\), got \(4, 1, 8\)"),
+    (dict(stats=torch.zeros(6, 0, 8).double()), gk.ArgumentError, r"stats must have a cell or more, got shape \(6, 0, 8\)"),
     (dict(time_stats=torch.zeros(4, 12)), TypeError, "time_stats must be float64, got torch.float32"),
     (dict(time_stats=torch.zeros(4, 8).double()), gk.ArgumentError, r"time_stats must have shape .*, got \(4, 8\)"),
     (dict(time_stats=torch.zeros(12, 4).double().t()), gk.ArgumentError, "time_stats must be contiguous"),

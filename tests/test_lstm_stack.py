@@ -70,6 +70,14 @@ def test_directions(shuffled, on_host, layout):
     assert (on_host.walks == 0) == ("in steps" in layout)
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_gradients_have_memory_of_their_own(shuffled, on_host, directions):
+    """No two gradients are one tensor: not even those of a layer's two biases."""
+    _, gradients, _, grads = results(side_by_side, *stack_of(9, 3, 6, 7, directions=directions))
+    storages = [t.untyped_storage().data_ptr() for t in (*gradients, *grads)]
+    assert len(storages) == len(set(storages))
+
+
 @pytest.mark.parametrize("sizes", [None, [3, 2, 1]], ids=["padded", "packed"])
 def test_statistics(shuffled, on_host, sizes):
     """All tables of all parts, of both kinds."""

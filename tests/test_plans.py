@@ -31,7 +31,9 @@ def pointwise_calls(shape, dtype, on):
     }
 
 
-def norm_calls(shape, dtype, on, num_dims=1, weight=True, bias=True, columns=True, narrow=False, dy=True, dh=True):
+def norm_calls(
+    shape, dtype, on, num_dims=1, weight=True, bias=True, columns=True, separate_dx=True, narrow=False, dy=True, dh=True
+):
     """{op: its arguments} of the norms; narrow: a float32 residual beside x."""
     make = lambda *sizes: randn(*sizes, dtype=dtype)  # noqa: E731
     x, residual = make(*shape), randn(*shape, dtype=F32 if narrow else dtype)
@@ -50,6 +52,7 @@ def norm_calls(shape, dtype, on, num_dims=1, weight=True, bias=True, columns=Tru
             mean(),
             *parameters(),
             dtype,
+            separate_dx,
             columns,
             table(5, on),
         ),
@@ -85,7 +88,9 @@ def test_norms(dtype, shape, on):
     assert len(seen["layer_norm_fwd"]) == len(seen["add_layer_norm_fwd"]) == (shape[0] > 0)
 
 
-@pytest.mark.parametrize("options", [{name: False} for name in ("weight", "bias", "columns", "dy", "dh")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{name: False} for name in ("weight", "bias", "columns", "separate_dx", "dy", "dh")], ids=str
+)
 def test_absent_arguments(options):
     check(partial(norm_calls, (9, 40), BF16, True, **options))
     x = lambda: randn(6, 7)  # noqa: E731

@@ -33,6 +33,11 @@ def test_kernels():
     run_tests("-p", "on_triton", "test_triton_kernels.py", "-W", "ignore")
 
 
+def test_shared_memory():
+    """tests/test_shared_memory.py on the kernels, but for all choices, which take thousands of interpreted calls."""
+    run_tests("-p", "on_triton", "test_shared_memory.py", "-W", "ignore", "-k", "halving or zeroes")
+
+
 @pytest.mark.parametrize("part", ["lstm", "stack"])
 def test_lstm(part):
     """tests/test_triton_lstm.py: the LSTM's kernels, interpreted; tests/test_lstm_stack.py: several parts at once."""

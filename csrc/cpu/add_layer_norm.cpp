@@ -2,6 +2,7 @@
 // the gradient of new_residual to LayerNorm's in the loop that computes it. The loops are in norm_rows.h.
 // residual and new_residual share a dtype TX, x and y a dtype TY.
 #include "norm.h"
+#include "norm_checks.h"
 
 #define GK_SOURCE "add_layer_norm.cpp"
 #include "each_isa.h"
@@ -46,6 +47,9 @@ static void dispatch_pair(const Tensor& residual, const Tensor& x, const Body& b
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_any, const Tensor& residual_any,
                                                               const OptionalTensor& weight, const OptionalTensor& bias,
                                                               int64_t num_dims, double eps) {
+  check_norm("add_layer_norm_fwd", "x", x_any, weight, bias, num_dims, x_any.scalar_type());
+  check_shape("add_layer_norm_fwd", "residual", residual_any, x_any.sizes());
+  check_dtype_or_float("add_layer_norm_fwd", "residual", residual_any.scalar_type(), x_any.scalar_type());
   const Tensor x = x_any.contiguous(), residual = residual_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N;
   const auto options = x.options().dtype(accumulator_dtype(x));
@@ -63,19 +67,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
   return {y, new_residual, mean, rstd};
 }
 
-// dy or dnew_residual may be absent, not both. dx is the gradient of residual, in its dtype, and of x too: dx_narrow holds
-// it again in x's dtype where that differs (a tensor of no elements where not).
+// dy or dnew_residual may be absent, not both. dresidual is the gradient of new_residual's two terms, in residual's dtype;
+// with `separate_dx`, dx is the same once more in x's dtype, for an x that cannot share it (else a tensor of no elements).
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const OptionalTensor& dy_any, const OptionalTensor& dnew_residual_any, const Tensor& new_residual_any, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_dims, at::ScalarType x_dtype,
-    bool columns, const OptionalTensor& stats) {
+    bool separate_dx, bool columns, const OptionalTensor& stats) {
+  const char* op = "add_layer_norm_bwd";
+  check_floating(op, "x_dtype", x_dtype);
+  check_norm(op, "new_residual", new_residual_any, weight, bias, num_dims, x_dtype);
+  check_dtype_or_float(op, "new_residual", new_residual_any.scalar_type(), x_dtype);
+  check(op, "dy", dy_any, new_residual_any.sizes(), x_dtype);
+  check(op, "dnew_residual", dnew_residual_any, new_residual_any.sizes(), new_residual_any.scalar_type());
+  check_row_statistic(op, "mean", mean, new_residual_any, num_dims);
+  check_row_statistic(op, "rstd", rstd, new_residual_any, num_dims);
+  check_stats(op, stats, 5);
   const Tensor h = new_residual_any.contiguous();
   const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
   const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();
   const int64_t N = num_columns(h, num_dims), M = N == 0 ? 0 : h.numel() / N, programs = num_programs(M, N);
-  Tensor dx = at::empty(h.sizes(), h.options()), dweight, dbias;
-  const bool narrow = dy.scalar_type() != h.scalar_type();
-  Tensor dx_narrow = narrow ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
+  Tensor dresidual = at::empty(h.sizes(), h.options()), dweight, dbias;
+  Tensor dx = separate_dx ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
   std::vector<Cell> cells(3 * programs);
   dispatch_pair(h, dy, [&]<typename TX, typename TY>() {
     using A = Acc<TX>;
@@ -88,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
                                    w.data(),
                                    mean.const_data_ptr<A>(),
                                    rstd.const_data_ptr<A>(),
-                                   dx.mutable_data_ptr<TX>(),
-                                   narrow ? dx_narrow.mutable_data_ptr<TY>() : nullptr,
+                                   dresidual.mutable_data_ptr<TX>(),
+                                   separate_dx ? dx.mutable_data_ptr<TY>() : nullptr,
                                    N};
       const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
       loop(p, begin, end, sums.of(program, stats ? &cells[3 * program] : nullptr));
@@ -99,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   if (dy_any) record(stats, 0, cells.data(), 3, programs, dy.numel());
   if (dnew_residual_any) record(stats, 1, cells.data() + 1, 3, programs, h.numel());
   record(stats, 2, cells.data() + 2, 3, programs, h.numel());
-  return {dx, dx_narrow, dweight, dbias};
+  return {dresidual, dx, dweight, dbias};
 }
 
 }  // namespace gk

@@ -4,6 +4,7 @@
 // One program owns a contiguous range of elements, walked in blocks of FOLD.
 #include <cmath>
 
+#include "checks.h"
 #include "gelu_tables.h"
 
 #ifndef GK_ISA
@@ -211,6 +212,7 @@ static void gelu_bwd(const T* dy, const T* x, T* dx, bool tanh, int64_t begin, i
 namespace gk {
 
 Tensor gelu_fwd(const Tensor& x_any, bool tanh) {
+  check_floating("gelu_fwd", "x", x_any.scalar_type());
   const Tensor x = dense(x_any);
   Tensor y = at::empty_like(x);
   const int64_t num_blocks = (x.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;
@@ -225,6 +227,9 @@ Tensor gelu_fwd(const Tensor& x_any, bool tanh) {
 }
 
 Tensor gelu_bwd(const Tensor& dy_any, const Tensor& x_any, bool tanh, const OptionalTensor& stats) {
+  check_floating("gelu_bwd", "x", x_any.scalar_type());
+  check("gelu_bwd", "dy", dy_any, x_any.sizes(), x_any.scalar_type());
+  check_stats("gelu_bwd", stats, 2);
   const Tensor x = dense(x_any), dy = laid_out_as(x, dy_any);
   Tensor dx = at::empty_like(x);
   const int64_t num_blocks = (x.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;

@@ -1,5 +1,6 @@
 // LayerNorm over the last `num_dims` dimensions, seen as M rows of N columns. The loops are in norm_rows.h.
 #include "norm.h"
+#include "norm_checks.h"
 
 #define GK_SOURCE "layer_norm.cpp"
 #include "each_isa.h"
@@ -17,6 +18,7 @@ namespace gk {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const OptionalTensor& weight, const OptionalTensor& bias,
                                                   int64_t num_dims, double eps) {
+  check_norm("layer_norm_fwd", "x", x_any, weight, bias, num_dims, x_any.scalar_type());
   const Tensor x = x_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N;
   const auto options = x.options().dtype(accumulator_dtype(x));
@@ -37,6 +39,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const Opt
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Tensor& x_any, const Tensor& mean,
                                                   const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias,
                                                   int64_t num_dims, bool columns, const OptionalTensor& stats) {
+  check_norm("layer_norm_bwd", "x", x_any, weight, bias, num_dims, x_any.scalar_type());
+  check("layer_norm_bwd", "dy", dy_any, x_any.sizes(), x_any.scalar_type());
+  check_row_statistic("layer_norm_bwd", "mean", mean, x_any, num_dims);
+  check_row_statistic("layer_norm_bwd", "rstd", rstd, x_any, num_dims);
+  check_stats("layer_norm_bwd", stats, 4);
   const Tensor dy = dy_any.contiguous(), x = x_any.contiguous();
   const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N, programs = num_programs(M, N);
   Tensor dx = at::empty(x.sizes(), x.options()), dweight, dbias;

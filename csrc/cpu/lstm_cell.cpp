@@ -1,6 +1,7 @@
 // One step of an LSTM. Its products are PyTorch's, for weights packed for one step alone would cost what they save; the loops
 // here turn the products into gates and states, and back.
 #include "lstm.h"
+#include "lstm_checks.h"
 
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -83,6 +84,7 @@ namespace gk {
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& h, const Tensor& c_any, const Tensor& weight_ih,
                                                  const Tensor& weight_hh, const OptionalTensor& bias_ih_any,
                                                  const OptionalTensor& bias_hh_any) {
+  check_lstm_cell("lstm_cell_fwd", x, h, c_any, weight_ih, weight_hh, bias_ih_any, bias_hh_any);
   const int64_t B = h.size(0), H = h.size(1);
   const Tensor c = widened(c_any), bias_ih = widened(bias_ih_any), bias_hh = widened(bias_hh_any);
   Tensor gates = at::mm(widened(x), widened(weight_ih).t());
@@ -106,7 +108,10 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_next, const Tensor& x, const Tensor& h,
                         const Tensor& c_any, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                        const OptionalTensor&, const Tensor& gates, bool inputs, bool weights, const OptionalTensor& stats) {
+                        const OptionalTensor& bias_hh, const Tensor& gates, bool inputs, bool weights,
+                        const OptionalTensor& stats) {
+  const auto sizes = check_lstm_cell("lstm_cell_bwd", x, h, c_any, weight_ih, weight_hh, bias_ih, bias_hh);
+  check_lstm_cell_gradients("lstm_cell_bwd", sizes, dh_next, dc_next, gates, stats, x.scalar_type());
   const int64_t B = h.size(0), H = h.size(1);
   const auto dtype = x.scalar_type();
   const Tensor c = widened(c_any), wide_dh = widened(dh_next), wide_dc = widened(dc_next);

@@ -1,6 +1,7 @@
 // One LSTM layer in one direction, padded or packed. The products that know no time (x W_ih^T before the walk; dx and the
 // gradients of the weights after it) are PyTorch's; the walks are in lstm_forward.h and lstm_backward.h.
 #include "lstm.h"
+#include "lstm_checks.h"
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
@@ -56,6 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(const Tensor& 
                                                                   const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                                                                   const OptionalTensor& weight_hr_any,
                                                                   const OptionalTensor& batch_sizes, bool reverse) {
+  check_lstm_layer("lstm_layer_fwd", x, h0_any, c0_any, weight_ih, weight_hh_any, bias_ih, bias_hh, weight_hr_any,
+                   batch_sizes.has_value());
   const int64_t B = h0_any.size(0), P = h0_any.size(1), H = c0_any.size(1);
   const Steps steps(x, batch_sizes, B, reverse);
   const Tensor h0 = widened(h0_any), c0 = widened(c0_any), weight_hh = widened(weight_hh_any),
@@ -203,10 +206,13 @@ static Walked walk_back(const Steps& steps, const Tensor& dy, const OptionalTens
 
 Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                          const Tensor& h0, const Tensor& c0, const Tensor& weight_ih, const Tensor& weight_hh,
-                         const OptionalTensor& bias_ih, const OptionalTensor&, const OptionalTensor& weight_hr,
+                         const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
                          const OptionalTensor& batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells,
                          bool reverse, bool inputs, bool weights, const OptionalTensor& stats,
                          const OptionalTensor& time_stats) {
+  const auto sizes =
+      check_lstm_layer("lstm_layer_bwd", x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes.has_value());
+  check_lstm_layer_gradients("lstm_layer_bwd", sizes, dy, dh_n, dc_n, x, y, gates, cells, stats, time_stats);
   const Steps steps(x, batch_sizes, h0.size(0), reverse);
   const auto dtype = x.scalar_type();
   const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory

@@ -1,5 +1,7 @@
 // The statistics of one gradient that no fused backward holds in registers: one read, nothing written.
 // One program owns a contiguous range of elements, walked in blocks of FOLD.
+#include "checks.h"
+
 #define GK_SOURCE "probe.cpp"
 #include "each_isa.h"
 
@@ -29,7 +31,13 @@ void measure(const Tensor& gradient_any, const Tensor& stats, int64_t port) {
   record(stats, port, cells.data(), 1, programs, gradient.numel());
 }
 
-void probe_bwd(const Tensor& dy, Tensor& stats, int64_t port) { measure(dy, stats, port); }
+void probe_bwd(const Tensor& dy, Tensor& stats, int64_t port) {
+  check_floating("probe_bwd", "dy", dy.scalar_type());
+  check_stats("probe_bwd", stats, stats.dim() ? stats.size(0) : 0);  // as many as it has
+  TORCH_CHECK_VALUE(0 <= port && port < stats.size(0), "probe_bwd: port must be a row of stats, 0 to ", stats.size(0) - 1,
+                    ", got ", port);
+  measure(dy, stats, port);
+}
 
 }  // namespace gk
 

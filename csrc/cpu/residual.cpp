@@ -1,5 +1,7 @@
 // The fork of a residual connection: backward adds the gradients of the skip and of the branch, dx = dskip + dbranch.
 // One program owns a contiguous range of elements, walked in blocks of FOLD.
+#include "checks.h"
+
 #define GK_SOURCE "residual.cpp"
 #include "each_isa.h"
 
@@ -53,8 +55,12 @@ static Tensor only_one(const Tensor& gradient, int64_t port, const OptionalTenso
 }
 
 Tensor residual_bwd(const OptionalTensor& dskip_any, const OptionalTensor& dbranch_any, const OptionalTensor& stats) {
+  TORCH_CHECK_VALUE(dskip_any || dbranch_any, "residual_bwd: dskip or dbranch must be given, got neither");
+  check_floating("residual_bwd", dskip_any ? "dskip" : "dbranch", (dskip_any ? dskip_any : dbranch_any)->scalar_type());
+  check_stats("residual_bwd", stats, 3);
   if (!dbranch_any) return only_one(*dskip_any, 0, stats);
   if (!dskip_any) return only_one(*dbranch_any, 1, stats);
+  check("residual_bwd", "dbranch", *dbranch_any, dskip_any->sizes(), dskip_any->scalar_type());
   const Tensor dskip = dense(*dskip_any), dbranch = laid_out_as(dskip, *dbranch_any);
   Tensor dx = at::empty_like(dskip);
   const int64_t num_blocks = (dx.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;

@@ -29,8 +29,8 @@ SCHEMA_FWD = (
 )
 SCHEMA_BWD = (
     "add_layer_norm_bwd(Tensor? dy, Tensor? dnew_residual, Tensor new_residual, Tensor mean, Tensor rstd, Tensor? weight, "
-    "Tensor? bias, int num_dims, ScalarType x_dtype, bool columns, Tensor(a!)? stats) "
-    "-> (Tensor dx, Tensor dx_narrow, Tensor dweight, Tensor dbias)"
+    "Tensor? bias, int num_dims, ScalarType x_dtype, bool separate_dx, bool columns, Tensor(a!)? stats) "
+    "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -58,22 +58,26 @@ def add_layer_norm_bwd_reference(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
+    separate_dx: bool,
     columns: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LayerNorm's dx plus dnew_residual, in residual's dtype and, where x's differs, in x's; dweight and dbias."""
+    """dresidual, LayerNorm's dx plus dnew_residual, in residual's dtype; dx, the same in x's; dweight and dbias.
+
+    dx has no elements unless `separate_dx`: where x and residual do not both want a gradient, and share a dtype, one will do.
+    """
     h = new_residual
     if dy is None:
         dy = torch.zeros_like(h, dtype=x_dtype)
-    wide = h if h.dtype is torch.float64 else h.float()  # so that dx is rounded once, after the sum
-    dx, dweight, dbias = layer_norm_bwd_reference(dy, wide, mean, rstd, weight, bias, num_dims, columns)
+    wide = h if h.dtype is torch.float64 else h.float()  # so that the sum is rounded once
+    dh, dweight, dbias = layer_norm_bwd_reference(dy, wide, mean, rstd, weight, bias, num_dims, columns)
     if not columns or weight is None:
         dweight = h.new_empty(0)
     if not columns or bias is None:
         dbias = h.new_empty(0)
     if dnew_residual is not None:
-        dx = dx + dnew_residual
-    dx_narrow = dx.to(x_dtype) if x_dtype is not h.dtype else dx.new_empty(0, dtype=x_dtype)
-    return dx.to(h.dtype), dx_narrow, dweight, dbias
+        dh = dh + dnew_residual
+    dx = dh.to(x_dtype, copy=True) if separate_dx else dh.new_empty(0, dtype=x_dtype)
+    return dh.to(h.dtype), dx, dweight, dbias
 
 
 def add_layer_norm_fwd_fake(
@@ -99,13 +103,14 @@ def add_layer_norm_bwd_fake(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
+    separate_dx: bool,
     columns: bool,
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous dx, dx_narrow, dweight, dbias."""
+    """Contiguous dresidual, dx, dweight, dbias."""
     h = new_residual
-    narrow = h.new_empty(h.shape if x_dtype is not h.dtype else 0, dtype=x_dtype)
-    return h.new_empty(h.shape), narrow, column_fake(h, weight, columns), column_fake(h, bias, columns)
+    dx = h.new_empty(h.shape if separate_dx else 0, dtype=x_dtype)
+    return h.new_empty(h.shape), dx, column_fake(h, weight, columns), column_fake(h, bias, columns)
 
 
 def _differentiable(x: torch.Tensor, residual: torch.Tensor, weight: Any, bias: Any, num_dims: int, eps: float) -> tuple:
@@ -121,19 +126,21 @@ def _bwd_differentiable(
     num_dims: int,
     eps: float,
     x_dtype: torch.dtype,
+    separate_dx: bool,
     columns: bool,
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward as a function of new_residual alone: mean and rstd are computed again and differentiated too."""
     _, mean, rstd = layer_norm_fwd_reference(new_residual, weight, bias, num_dims, eps)
-    return _bwd_default(dy, dnew_residual, new_residual, mean, rstd, weight, bias, num_dims, x_dtype, columns, stats)
+    last = (x_dtype, separate_dx, columns, stats)
+    return _bwd_default(dy, dnew_residual, new_residual, mean, rstd, weight, bias, num_dims, *last)
 
 
 def _ports(args: tuple, gradients: tuple) -> tuple:
-    dx, _, dweight, dbias = gradients
-    weight, bias, columns = args[5], args[6], args[9]
+    dresidual, _, dweight, dbias = gradients
+    weight, bias, columns = args[5], args[6], args[-1]
     columns_of = (dweight if columns and weight is not None else None, dbias if columns and bias is not None else None)
-    return args[0], args[1], dx, *columns_of
+    return args[0], args[1], dresidual, *columns_of
 
 
 _bwd_default = measured(add_layer_norm_bwd_reference, _ports)
@@ -146,8 +153,8 @@ add_layer_norm_differentiable = define_composite(
 )
 add_layer_norm_bwd_differentiable = define_composite(
     "add_layer_norm_bwd_differentiable(Tensor? dy, Tensor? dnew_residual, Tensor new_residual, Tensor? weight, Tensor? bias, "
-    "int num_dims, float eps, ScalarType x_dtype, bool columns, Tensor(a!)? stats) "
-    "-> (Tensor dx, Tensor dx_narrow, Tensor dweight, Tensor dbias)",
+    "int num_dims, float eps, ScalarType x_dtype, bool separate_dx, bool columns, Tensor(a!)? stats) "
+    "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
     _bwd_differentiable,
 )
 
@@ -177,16 +184,16 @@ class _AddLayerNorm(Function):
         if dy is None and dnew_residual is None:
             return (None,) * 7
         h, mean, rstd, weight, bias = ctx.saved_tensors
-        columns = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        last = (weight, bias, ctx.num_dims)
+        of_x, of_residual, _, of_weight, of_bias, _, _ = ctx.needs_input_grad
+        separate_dx = of_x and (of_residual or ctx.x_dtype is not h.dtype)
+        norm, last = (weight, bias, ctx.num_dims), (ctx.x_dtype, separate_dx, of_weight or of_bias, ctx.stats)
         if torch.is_grad_enabled():
-            gradients = add_layer_norm_bwd_differentiable(dy, dnew_residual, h, *last, ctx.eps, ctx.x_dtype, columns, ctx.stats)
+            gradients = add_layer_norm_bwd_differentiable(dy, dnew_residual, h, *norm, ctx.eps, *last)
         else:
-            gradients = add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last, ctx.x_dtype, columns, ctx.stats)
-        dx, dx_narrow, dweight, dbias = gradients
-        dweight = dweight if ctx.needs_input_grad[3] else None
-        dbias = dbias if ctx.needs_input_grad[4] else None
-        return dx_narrow if ctx.x_dtype is not h.dtype else dx, dx, None, dweight, dbias, None, None
+            gradients = add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *norm, *last)
+        dresidual, dx, dweight, dbias = gradients
+        found = (dx if separate_dx else dresidual, dresidual, None, dweight, dbias, None, None)
+        return tuple(d if want else None for d, want in zip(found, ctx.needs_input_grad, strict=True))
 
 
 _add_layer_norm_op = define_autograd(

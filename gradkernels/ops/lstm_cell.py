@@ -176,7 +176,7 @@ class _LSTMCell(Function):
         else:
             gradients = lstm_cell_bwd(dh_next, dc_next, *tensors, gates, *last)
         dx, dh, dc, dweight_ih, dweight_hh, dbias = gradients
-        found = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dbias)
+        found = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dbias.clone())
         return *(d if want else None for d, want in zip(found, wanted, strict=False)), None
 
 

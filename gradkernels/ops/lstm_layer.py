@@ -309,7 +309,7 @@ class _LSTMLayer(Function):
         else:
             gradients = lstm_layer_bwd(dy, dh_n, dc_n, *tensors, y, gates, cells, *last)
         dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = gradients
-        found = (dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dbias, dweight_hr)
+        found = (dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dbias.clone(), dweight_hr)
         return *(d if want else None for d, want in zip(found, wanted, strict=False)), None, None, None, None
 
 

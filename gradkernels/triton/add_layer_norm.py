@@ -29,9 +29,10 @@ def add_layer_norm_bwd(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
+    separate_dx: bool,
     columns: bool,
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous dx, dx_narrow, dweight, dbias; the statistics of dy, dnew_residual, dx, dweight, dbias."""
-    last = (weight, bias, num_dims, x_dtype, columns, stats)
+    """Contiguous dresidual, dx, dweight, dbias; the statistics of dy, dnew_residual, dx, dweight, dbias."""
+    last = (weight, bias, num_dims, x_dtype, separate_dx, columns, stats)
     return norm_bwd(dy, dnew_residual, new_residual, mean, rstd, *last, dx_port=2)

@@ -27,5 +27,6 @@ def layer_norm_bwd(
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contiguous dx, dweight, dbias; the statistics of dy, dx, dweight, dbias."""
-    dx, _, dweight, dbias = norm_bwd(dy, None, x, mean, rstd, weight, bias, num_dims, x.dtype, columns, stats, dx_port=1)
+    last = (weight, bias, num_dims, x.dtype, False, columns, stats)
+    dx, _, dweight, dbias = norm_bwd(dy, None, x, mean, rstd, *last, dx_port=1)
     return dx, dweight, dbias

@@ -252,7 +252,8 @@ def collect(call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | 
         found[1:] = (torch.stack([part.state[k] for part in call.parts]).to(x.dtype) for k in (0, 1))
     for part in call.parts:
         dweight_ih, dweight_hh, dbias, dweight_hr = part.of_weights
-        given = zip((dweight_ih, dweight_hh, dbias, dbias, dweight_hr), part.weights, strict=True)
+        of_biases = (dbias, None if dbias is None else dbias.clone())
+        given = zip((dweight_ih, dweight_hh, *of_biases, dweight_hr), part.weights, strict=True)
         found += [d for d, weight in given if weight is not None]
     return found
 

@@ -1,7 +1,7 @@
 """Rows of LayerNorm on a GPU, shared by layer_norm and add_layer_norm: the kernels.
 
 x_hat = (h - mean) rstd,  y = x_hat weight + bias;  h = x, or residual + x as it is stored
-g = dy weight,  dx = rstd (g - mean(g) - x_hat mean(g x_hat)) [+ dnew_residual],  dweight = sum_M(dy x_hat), dbias = sum_M(dy)
+g = dy weight,  dh = rstd (g - mean(g) - x_hat mean(g x_hat)) [+ dnew_residual],  dweight = sum_M(dy x_hat), dbias = sum_M(dy)
 
 Two forms of each: rows held in registers, and rows walked in blocks of columns where they are too long for that. N and eps
 are constants of a model and of a kernel; M is neither. A row in front of `record_rows` is dL/d(...) of one port.
@@ -143,13 +143,13 @@ def load_weight(weight_ptr, cols, N: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_dx(wide, dx_ptr, dx_narrow_ptr, at, mask):
-    """Stores dx, and in x's dtype where that differs; returns it as stored, in the accumulator's dtype."""
-    dx = wide.to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + at, dx, mask)
-    if dx_narrow_ptr is not None:
-        tl.store(dx_narrow_ptr + at, wide.to(dx_narrow_ptr.dtype.element_ty), mask)
-    return tl.where(mask, dx.to(wide.dtype), 0.0)
+def store_dh(wide, dh_ptr, dx_ptr, at, mask):
+    """Stores dh, and dx, the same in x's dtype, where x gets its own; returns dh as stored, in the accumulator's dtype."""
+    dh = wide.to(dh_ptr.dtype.element_ty)
+    tl.store(dh_ptr + at, dh, mask)
+    if dx_ptr is not None:
+        tl.store(dx_ptr + at, wide.to(dx_ptr.dtype.element_ty), mask)
+    return tl.where(mask, dh.to(wide.dtype), 0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_cells"])
@@ -160,8 +160,8 @@ def norm_bwd_kernel(
     mean_ptr,
     rstd_ptr,
     weight_ptr,
+    dh_ptr,
     dx_ptr,
-    dx_narrow_ptr,
     partials_ptr,
     stats_ptr,
     stride_dym,
@@ -178,7 +178,7 @@ def norm_bwd_kernel(
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx, the program's share of dweight and dbias, the statistics of dy, dnew_residual and dx.
+    """dh, the program's share of dweight and dbias, the statistics of dy, dnew_residual and dh.
 
     Grid: persistent programs, which walk BLOCK_M rows at a time in turns and keep their sums over rows in registers; each
     writes them to its row of partials (2, programs, N) at the end.
@@ -188,8 +188,8 @@ def norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_N)[None, :]
     weight = load_weight(weight_ptr, cols, N, dtype)
     dweight, dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype), tl.zeros([BLOCK_M, BLOCK_N], dtype)
-    LANES: tl.constexpr = lanes_of((h_ptr if dx_narrow_ptr is None else dx_narrow_ptr).dtype.element_ty)
-    dy_row, dnew_residual_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
+    LANES: tl.constexpr = lanes_of((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
+    dy_row, dnew_residual_row, dh_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
@@ -204,13 +204,13 @@ def norm_bwd_kernel(
             wide += dnew_residual
             if stats_ptr is not None:
                 dnew_residual_row = observe(dnew_residual_row, dnew_residual, LANES)
-        dx = store_dx(wide, dx_ptr, dx_narrow_ptr, at, mask)
+        dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
         if DWEIGHT:
             dweight += dy * x_hat
         if DBIAS:
             dbias += dy
         if stats_ptr is not None:
-            dx_row = observe(dx_row, dx, LANES)
+            dh_row = observe(dh_row, dh, LANES)
             if dy_ptr is not None:
                 dy_row = observe(dy_row, dy, LANES)
     column, last = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N) < N
@@ -225,7 +225,7 @@ def norm_bwd_kernel(
             record_rows(
                 dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        record_rows(dx_row, stats_ptr, DX_PORT, num_cells, dx_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        record_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_cells"])
@@ -236,8 +236,8 @@ def norm_bwd_looped_kernel(
     mean_ptr,
     rstd_ptr,
     weight_ptr,
+    dh_ptr,
     dx_ptr,
-    dx_narrow_ptr,
     partials_ptr,
     stats_ptr,
     stride_dym,
@@ -254,12 +254,12 @@ def norm_bwd_looped_kernel(
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """norm_bwd_kernel for long rows: the row sums in one walk over blocks of columns, dx in a second, which finds the rows
+    """norm_bwd_kernel for long rows: the row sums in one walk over blocks of columns, dh in a second, which finds the rows
     in the L2 cache; the program's row of partials is in L2 too, and is read and written once for BLOCK_M rows."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    LANES: tl.constexpr = lanes_of((h_ptr if dx_narrow_ptr is None else dx_narrow_ptr).dtype.element_ty)
-    dy_row, dnew_residual_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
+    LANES: tl.constexpr = lanes_of((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
+    dy_row, dnew_residual_row, dh_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in range(program, tl.cdiv(num_rows, BLOCK_M), num_programs):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
@@ -284,9 +284,9 @@ def norm_bwd_looped_kernel(
                 wide += dnew_residual
                 if stats_ptr is not None:
                     dnew_residual_row = observe(dnew_residual_row, dnew_residual, LANES)
-            dx = store_dx(wide, dx_ptr, dx_narrow_ptr, at, mask)
+            dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
             if stats_ptr is not None:
-                dx_row = observe(dx_row, dx, LANES)
+                dh_row = observe(dh_row, dh, LANES)
                 if dy_ptr is not None:
                     dy_row = observe(dy_row, dy, LANES)
             if DWEIGHT:
@@ -300,7 +300,7 @@ def norm_bwd_looped_kernel(
             record_rows(
                 dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        record_rows(dx_row, stats_ptr, DX_PORT, num_cells, dx_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        record_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

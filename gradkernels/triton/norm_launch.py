@@ -136,13 +136,13 @@ def norm_bwd(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
+    separate_dx: bool,
     columns: bool,
     stats: torch.Tensor | None,
     dx_port: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dx in x's dtype or no elements where that is h's, dweight, dbias. Two launches; one without dweight and dbias."""
-    narrow = x_dtype is not h.dtype
-    dx, dx_narrow = h.new_empty(h.shape), h.new_empty(h.shape if narrow else 0, dtype=x_dtype)
+    """dh, dx (dh in x's dtype; no elements unless `separate_dx`), dweight, dbias. Two launches; one without the last two."""
+    dh, dx = h.new_empty(h.shape), h.new_empty(h.shape if separate_dx else 0, dtype=x_dtype)
     dweight, dbias = (h.new_empty(0) if p is None or not columns else p.new_empty(p.shape) for p in (weight, bias))
     has_dweight, has_dbias = columns and weight is not None, columns and bias is not None
     N = math.prod(h.shape[h.dim() - num_dims :])
@@ -152,20 +152,20 @@ def norm_bwd(
         partials = mean.new_empty(2, programs, max(1, N))
     gradients = [None if t is None else as_rows(t, num_dims) for t in (dy, dnew_residual, h)]
     flags = {"DX_PORT": dx_port, "DWEIGHT": has_dweight, "DBIAS": has_dbias}
-    _launch_dx(programs, gradients, mean, rstd, weight, dx, dx_narrow if narrow else None, partials, stats, shape, **flags)
+    _launch_rows(programs, gradients, mean, rstd, weight, dh, dx if separate_dx else None, partials, stats, shape, **flags)
     if partials is not None:
         _launch_columns(partials, N, dweight if has_dweight else None, dbias if has_dbias else None, stats, dx_port + 1)
-    return dx, dx_narrow, dweight, dbias
+    return dh, dx, dweight, dbias
 
 
-def _launch_dx(
+def _launch_rows(
     programs: int,
     rows: list[torch.Tensor | None],
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor | None,
-    dx: torch.Tensor,
-    dx_narrow: torch.Tensor | None,
+    dh: torch.Tensor,
+    dx: torch.Tensor | None,
     partials: torch.Tensor | None,
     stats: torch.Tensor | None,
     shape: Shape,
@@ -179,8 +179,8 @@ def _launch_dx(
         mean,
         rstd,
         columns_of(weight),
+        dh,
         dx,
-        dx_narrow,
         partials,
         stats,
         *(0 if t is None else t.stride(0) for t in rows),
