@@ -83,6 +83,7 @@ namespace gk {
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& h, const Tensor& c_any, const Tensor& weight_ih,
                                                  const Tensor& weight_hh, const OptionalTensor& bias_ih_any,
                                                  const OptionalTensor& bias_hh_any) {
+  const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
   const Tensor c = widened(c_any), bias_ih = widened(bias_ih_any), bias_hh = widened(bias_hh_any);
   Tensor gates = at::mm(widened(x), widened(weight_ih).t());
@@ -107,6 +108,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_next, const Tensor& x, const Tensor& h,
                         const Tensor& c_any, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                         const OptionalTensor&, const Tensor& gates, bool inputs, bool weights, const OptionalTensor& stats) {
+  const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
   const auto dtype = x.scalar_type();
   const Tensor c = widened(c_any), wide_dh = widened(dh_next), wide_dc = widened(dc_next);

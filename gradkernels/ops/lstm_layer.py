@@ -40,14 +40,14 @@ def step_sizes(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | No
     if batch_sizes is None:
         return [x.shape[1]] * x.shape[0]
     sizes, B, rows = batch_sizes.tolist(), h0.shape[0], x.shape[0]
-    if sizes[0] != B or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != rows:
+    if sizes[:1] != [B] or sizes != sorted(sizes, reverse=True) or sizes[-1] < 0 or sum(sizes) != rows:
         raise ArgumentError(f"lstm_layer: batch_sizes must start with {B}, not increase and add up to {rows}, got {sizes}")
     return sizes
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """The rows of a padded or packed tensor: (rows, columns)."""
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
 def order_of(sizes: list[int], reverse: bool) -> list[int]:

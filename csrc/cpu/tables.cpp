@@ -1,0 +1,108 @@
+// The tables of statistics on the CPU, which one thread reads, clears or grows while others write them: each op under one lock.
+#include "tables.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/native/Resize.h>
+
+#include "../common.h"
+
+namespace gk {
+
+// The columns of gradkernels/telemetry.py, TIME_FIELDS: norms, then what is added up.
+constexpr int64_t NORMS = 3;
+
+void add_row(const Tensor& row, Tensor& stats, int64_t port) {
+  TORCH_CHECK_VALUE(row.numel() == sizeof(Cell) / sizeof(double) && row.is_contiguous(), "add_row: row must hold one cell");
+  const auto* cell = reinterpret_cast<const Cell*>(row.const_data_ptr<double>());
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  reinterpret_cast<Cell*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(*cell);
+}
+
+Tensor fold(Tensor& stats) {
+  TORCH_CHECK_VALUE(stats.dim() >= 2 && stats.size(-1) == sizeof(Cell) / sizeof(double) && stats.is_contiguous(),
+                    "fold: stats must be contiguous of shape (..., cells, 8), got ", stats.sizes());
+  std::vector<int64_t> shape(stats.sizes().begin(), stats.sizes().end());
+  shape.erase(shape.end() - 2);
+  const Tensor result = at::empty(shape, stats.options());
+  auto* rows = reinterpret_cast<Cell*>(result.mutable_data_ptr<double>());
+  const int64_t num_rows = c10::multiply_integers(shape) / stats.size(-1), num_cells = stats.size(-2);
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  auto* cells = reinterpret_cast<Cell*>(stats.mutable_data_ptr<double>());
+  for (int64_t r = 0; r < num_rows; ++r) {
+    rows[r] = Cell();
+    for (int64_t c = 0; c < num_cells; ++c) rows[r].merge(cells[r * num_cells + c]);
+  }
+  std::fill(cells, cells + num_rows * num_cells, Cell());
+  return result;
+}
+
+void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) {
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  const int64_t columns = time_stats.size(1), recorded = std::min(num_steps, time_stats.size(0) - 1);
+  double* table = time_stats.mutable_data_ptr<double>();
+  table[0] = std::max(table[0], static_cast<double>(num_steps));
+  table[1] += 1;
+  for (int64_t k = 0; k < recorded * columns; ++k) {
+    double& sum = table[columns + k];
+    if (k % columns >= NORMS) {
+      sum += rows[k];
+    } else {
+      sum = sum == 0 ? rows[k] : std::hypot(sum, rows[k]);
+    }
+  }
+}
+
+static void add_steps_op(const Tensor& rows_any, Tensor& time_stats) {
+  TORCH_CHECK_VALUE(rows_any.dim() == 2 && time_stats.dim() == 2 && rows_any.size(1) == time_stats.size(1),
+                    "add_steps: rows must have as many columns as time_stats, got ", rows_any.sizes());
+  const Tensor rows = rows_any.contiguous();
+  add_steps(rows.const_data_ptr<double>(), rows.size(0), time_stats);
+}
+
+// Memory before size: a reader that does not wait for the lock never sees rows that are not there.
+static void grow(const Tensor& time_stats, int64_t num_steps) {
+  const int64_t rows = time_stats.size(0), columns = time_stats.size(1);
+  if (rows > num_steps) return;
+  const int64_t numel = (1 + num_steps) * columns;
+  at::native::resize_bytes_cpu(time_stats.storage().unsafeGetStorageImpl(),
+                               (time_stats.storage_offset() + numel) * sizeof(double));
+  double* table = time_stats.mutable_data_ptr<double>();
+  std::fill(table + rows * columns, table + numel, 0.0);
+  time_stats.unsafeGetTensorImpl()->set_sizes_contiguous({1 + num_steps, columns});
+}
+
+static void check_time_stats(const char* op, const Tensor& time_stats) {
+  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) >= 2 && time_stats.is_contiguous() &&
+                        time_stats.scalar_type() == at::kDouble,
+                    op, ": time_stats must be a contiguous float64 table, got ", time_stats.scalar_type(), " of shape ",
+                    time_stats.sizes());
+}
+
+void make_room(Tensor& time_stats, int64_t num_steps) {
+  check_time_stats("make_room", time_stats);
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  grow(time_stats, num_steps);
+}
+
+Tensor take_steps(Tensor& time_stats) {
+  check_time_stats("take_steps", time_stats);
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  // Its size is known under the lock alone, under which nothing is dispatched.
+  const Tensor result = at::detail::empty_cpu(time_stats.sizes(), at::kDouble);
+  double* table = time_stats.mutable_data_ptr<double>();
+  const auto seen = static_cast<int64_t>(table[0]);
+  std::copy(table, table + time_stats.numel(), result.mutable_data_ptr<double>());
+  std::fill(table, table + time_stats.numel(), 0.0);
+  grow(time_stats, seen);
+  return result;
+}
+
+}  // namespace gk
+
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
+  m.impl("add_row", gk::add_row);
+  m.impl("fold", gk::fold);
+  m.impl("add_steps", gk::add_steps_op);
+  m.impl("make_room", gk::make_room);
+  m.impl("take_steps", gk::take_steps);
+}

@@ -1,0 +1,211 @@
+"""Tables of statistics that several threads write, grow and take at once: nothing is lost, and counts are exact.
+
+All calls of a test add the same numbers, so that in whichever order they come the sums have the same bits.
+"""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from cases import make_case
+from checks import tuple_of
+
+import gradkernels as gk
+from gradkernels.ops import OPS
+from gradkernels.ops.lstm_layer import lstm_layer_bwd_reference, lstm_layer_fwd_reference
+from gradkernels.tables import fold, make_room, take_steps
+from gradkernels.telemetry import ABS_MAX, NORMS, measure_reference
+
+OP = torch.ops.gradkernels
+THREADS = 4
+
+
+def together(*works):
+    """Runs works at the same time, a thread each, and raises what one of them raises."""
+    barrier = threading.Barrier(len(works))
+
+    def run(work):
+        barrier.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(run, work) for work in works]]
+
+
+def repeat(call, times):
+    for _ in range(times):
+        call()
+
+
+def backward(case, stats):
+    """A backward pass of a graph of its own."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in case.inputs]
+    outputs = tuple_of(case.function(*leaves, stats=stats))
+    torch.autograd.grad([1 * y for y in outputs], [leaf for leaf in leaves if leaf is not None], case.dys)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shared_stats(op):
+    """One table of several threads holds what one thread would have written."""
+    case, calls = make_case(op, 2, 5), 150
+    shared, alone = gk.new_stats(len(case.ports)), gk.new_stats(len(case.ports))
+    together(*[partial(repeat, partial(backward, case, shared), calls)] * THREADS)
+    repeat(partial(backward, case, alone), THREADS * calls)
+    assert torch.equal(shared, alone)
+    assert (shared[:, 0, 1] == THREADS * calls).all()
+
+
+def test_shared_row():
+    """The smallest backward, which is little else than the write."""
+    dy, stats, calls = torch.tensor([3.0, 0.0, math.nan]), gk.new_stats(1), 5000
+    together(*[partial(repeat, partial(OP.probe_bwd, dy, stats, 0), calls)] * THREADS)
+    n = THREADS * calls
+    assert stats.flatten().tolist() == [3 * n, n, 9 * n, 0, 0, 3, n, n]
+
+
+def test_reference_and_kernel_share_a_row():
+    """The reference, which runs where a gradient is differentiated again, writes under the same lock."""
+    dy, stats, calls = torch.tensor([3.0, 0.0]), gk.new_stats(1), 300
+    works = [partial(measure_reference, dy, stats, 0), partial(OP.probe_bwd, dy, stats, 0)] * 2
+    together(*[partial(repeat, work, calls) for work in works])
+    assert stats.flatten().tolist() == [8 * calls, 4 * calls, 36 * calls, 0, 0, 3, 0, 4 * calls]
+
+
+def taken(take, writers, calls):
+    """What take() finds from the first of `calls` calls of each writer to the last, and once more after it."""
+    left, found = threading.Semaphore(0), []
+
+    def write(call):
+        repeat(call, calls)
+        left.release()
+
+    def read():
+        done = 0
+        while done < len(writers):
+            done += left.acquire(blocking=False)
+            found.append(take())
+
+    together(read, *[partial(write, call) for call in writers])
+    return [*found, take()]
+
+
+def test_taken_while_written():
+    """The takes of a table add up to everything that was written into it."""
+    dy, stats, calls = torch.tensor([3.0, 0.0, math.nan]), gk.new_stats(1), 4000
+    rows = torch.cat(taken(partial(fold, stats), [partial(OP.probe_bwd, dy, stats, 0)] * THREADS, calls))
+    n = THREADS * calls
+    assert rows[:, ABS_MAX].max() == 3
+    assert rows.sum(0)[[0, 1, 2, 6, 7]].tolist() == [3 * n, n, 9 * n, n, n]
+    assert not stats.any()
+
+
+def layer_backward(T, time_stats, reference=False):
+    """A function that runs lstm_layer's backward over T steps, of 2 rows and 3 units each."""
+    x, state, weights = torch.randn(T, 2, 1), torch.zeros(2, 3), (torch.randn(12, 1), torch.randn(12, 3))
+    inputs, last = (x, state, state, *weights, None, None, None, None), (False, False, False)
+    y, _, _, gates, cells = lstm_layer_fwd_reference(*inputs, False)
+    args = (torch.randn_like(y), None, None, *inputs, y, gates, cells, *last)
+    if reference:
+        return lambda: lstm_layer_bwd_reference(*args, time_stats)
+    return lambda: OP.lstm_layer_bwd(*args, None, time_stats)
+
+
+def test_time_stats_taken_while_written():
+    """Counts of the kernel's and the reference's calls; the table grows as it is taken, and late steps are then there."""
+    time_stats, calls = gk.new_time_stats(2), 300
+    writers = [layer_backward(5, time_stats), layer_backward(5, time_stats), layer_backward(5, time_stats, reference=True)]
+    found = taken(partial(take_steps, time_stats), writers, calls)
+    total = sum(rows[:3] for rows in found)
+    assert max(rows[0, 0] for rows in found) == 5
+    assert total[0, 1] == 3 * calls
+    assert total[1:, 3].tolist() == [3 * calls * 6] * 2
+    assert time_stats.shape[0] == 6
+    assert not time_stats.any()
+
+
+def test_shared_time_stats():
+    """One table of several threads holds what one thread would have written."""
+    shared, alone, calls = gk.new_time_stats(4), gk.new_time_stats(4), 400
+    together(*[partial(repeat, layer_backward(4, shared), calls) for _ in range(THREADS)])
+    torch.manual_seed(0)
+    assert shared[0].tolist()[:2] == [4, THREADS * calls]
+    assert (shared[1:, NORMS] == 6 * THREADS * calls).all()
+    work = layer_backward(4, alone)
+    repeat(work, THREADS)
+    once = alone.clone()
+    together(*[partial(repeat, work, calls // THREADS)] * THREADS)
+    torch.testing.assert_close(alone[1:, NORMS:], once[1:, NORMS:] * (1 + calls / THREADS), rtol=1e-12, atol=0)
+    torch.testing.assert_close(alone[1:, :NORMS], once[1:, :NORMS] * (1 + calls / THREADS) ** 0.5, rtol=1e-12, atol=0)
+
+
+def test_grown_while_written():
+    """Longer and longer sequences make room while backwards of others write: nothing is lost, no memory is let go too soon."""
+    for _ in range(5):
+        time_stats, calls, longest = gk.new_time_stats(30), 200, 3000
+        grow = lambda table=time_stats: [make_room(table, steps) for steps in range(30, longest)]  # noqa: E731
+        works = [partial(repeat, layer_backward(30, time_stats), calls) for _ in range(THREADS - 1)]
+        together(grow, *works)
+        assert time_stats.shape[0] == longest
+        assert time_stats[0].tolist()[:2] == [30, (THREADS - 1) * calls]
+        assert (time_stats[1:31, NORMS] == 6 * (THREADS - 1) * calls).all()
+        assert not time_stats[31:].any()
+
+
+def test_module_of_several_threads():
+    """A module whose threads see sequences of ever more lengths: every step of every call is counted."""
+    module = gk.LSTM(2, 3)
+    module.time_stats_l0, calls = gk.new_time_stats(4), 60
+
+    def work(seed):
+        for k in range(calls):
+            module(torch.randn(1 + (7 * k + seed) % 90, 2, 2))[0].sum().backward(inputs=list(module.parameters()))
+
+    lengths = [1 + (7 * k + seed) % 90 for seed in range(THREADS) for k in range(calls)]
+    together(*[partial(work, seed) for seed in range(THREADS)])
+    table = module.time_stats_l0
+    assert table[0].tolist()[:2] == [max(lengths), len(lengths)]
+    expected = [6.0 * sum(length > t for length in lengths) for t in range(max(lengths))]
+    assert table[1:, NORMS].tolist() == expected
+
+
+def test_probe_of_several_threads():
+    """Threads that probe one tensor at once leave it one hook."""
+    for _ in range(200):
+        x, stats = torch.randn(3, requires_grad=True), gk.new_stats(1)
+        together(*[partial(gk.probe, x, stats=stats)] * THREADS)
+        x.sum().backward()
+        assert stats[0, 0, 1] == 1
+
+
+def test_room():
+    """What is there stays, what is new is zero, and a table never shrinks."""
+    for make in (make_room, make_room.__call__):
+        table = gk.new_time_stats(3)
+        table += 1
+        make(table, 2)
+        assert table.shape == (4, 12)
+        make(table, 6)
+        assert table.shape == (7, 12)
+        assert (table[:4] == 1).all()
+        assert not table[4:].any()
+    sub = torch.zeros(8, 5)
+    with pytest.raises((ValueError, RuntimeError)):
+        make_room(sub.t(), 7)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (OP.fold, lambda: (torch.rand(3, 2, 8, dtype=torch.float64),)),
+        (OP.add_row, lambda: (torch.rand(8, dtype=torch.float64), torch.rand(2, 1, 8, dtype=torch.float64), 1)),
+        (OP.add_steps, lambda: (torch.rand(3, 12, dtype=torch.float64), torch.rand(3, 12, dtype=torch.float64))),
+        (OP.make_room, lambda: (torch.rand(3, 12, dtype=torch.float64), 2)),
+        (OP.take_steps, lambda: (torch.rand(3, 12, dtype=torch.float64),)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_op(op, args):
+    torch.library.opcheck(op.default, args())
