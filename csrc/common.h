@@ -51,9 +51,14 @@ struct Cell {
 };
 static_assert(sizeof(Cell) == 8 * sizeof(double), "a cell is one row of a float64 table");
 
-// Adds the sums of one backward call, `programs` cells `stride` apart, to cell 0 of row `port` of `stats`
-// (ports, cells, 8). The programs are added in their order, so equal work on equal threads gives equal bits. Threads that
-// share a table add to it in turn.
+// Adds `cell` to cell 0 of row `port` of `stats` (ports, cells, 8). Threads that share a table add to it in turn.
+inline void record(const Tensor& stats, int64_t port, const Cell& cell) {
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  reinterpret_cast<Cell*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(cell);
+}
+
+// Adds the sums of one backward call, `programs` cells `stride` apart. The programs are added in their order, so equal work
+// on equal threads gives equal bits.
 inline void record(const OptionalTensor& stats, int64_t port, const Cell* cells, int64_t stride, int64_t programs,
                    int64_t numel) {
   if (!stats) return;
@@ -61,8 +66,7 @@ inline void record(const OptionalTensor& stats, int64_t port, const Cell* cells,
   for (int64_t p = 0; p < programs; ++p) total.merge(cells[p * stride]);
   total.numel = static_cast<double>(numel);
   total.observation_count = 1;
-  const std::lock_guard<std::mutex> lock(tables_mutex);
-  reinterpret_cast<Cell*>(stats->data_ptr<double>() + port * stats->stride(0))->merge(total);
+  record(*stats, port, total);
 }
 
 // `t` in memory without gaps or overlaps, in its own order of dimensions: itself where it already is.

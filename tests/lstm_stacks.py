@@ -114,6 +114,7 @@ class OnHost:
         half, sizes = weight_hh.dtype is torch.float16, None
         T = rows // B if batch_sizes is None else len(batch_sizes)
         if batch_sizes is not None:
+            assert batch_sizes.is_contiguous()
             self.offsets = np.concatenate([[0], np.cumsum(batch_sizes.numpy())]).astype(np.int64)
             sizes = self.offsets.ctypes.data_as(POINTER(c_int64))
         request = host.Request(T, B, weight_hh.shape[1], sizes, reverse, half, self.sms // at_once, host.H100[1])

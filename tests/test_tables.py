@@ -11,6 +11,7 @@ from cases import make_case
 from checks import tuple_of
 
 import gradkernels as gk
+from gradkernels.library import _C
 from gradkernels.ops import OPS
 from gradkernels.ops.lstm_layer import lstm_layer_bwd_reference, lstm_layer_fwd_reference
 from gradkernels.tables import fold, make_room, take_steps
@@ -18,6 +19,7 @@ from gradkernels.telemetry import ABS_MAX, FIELDS, NORMS, measure_reference
 
 OP = torch.ops.gradkernels
 THREADS = 4
+PASSES = 1 if _C is None else 20  # the references take a hundred times as long
 
 
 def together(*works):
@@ -48,7 +50,7 @@ def go_back(case, stats, calls, passes):
 @pytest.mark.parametrize("op", OPS)
 def test_shared_stats(op):
     """One table of several threads holds what one thread would have written."""
-    case, passes, calls = make_case(op, 1, 2), 20, 200 if op != "probe" else 1
+    case, passes, calls = make_case(op, 1, 2), PASSES, 200 if op != "probe" else 1
     shared, alone = gk.new_stats(len(case.ports)), gk.new_stats(len(case.ports))
     together(*[partial(go_back, case, shared, calls, passes)] * 3)
     repeat(partial(go_back, case, alone, calls, passes), 3)
@@ -59,8 +61,8 @@ def test_shared_stats(op):
 
 
 def test_shared_row():
-    """Little else than writes, 360,000 of them."""
-    stats, passes, calls = gk.new_stats(2), 120, 1000
+    """Little else than writes, of which there are many."""
+    stats, passes, calls = gk.new_stats(2), 6 * PASSES, 1000 if _C else 100
 
     def work():
         x = torch.ones(1, requires_grad=True)
@@ -139,7 +141,7 @@ def test_shared_time_stats():
     x, state = torch.randn(4, 2, 1), torch.zeros(2, 3)
     weights, dy = (torch.randn(12, 1), torch.randn(12, 3)), torch.randn(4, 2, 3)
 
-    def go_back(time_stats, calls=200, passes=30):
+    def go_back(time_stats, calls=200 if _C else 30, passes=PASSES):
         leaf = weights[0].clone().requires_grad_()
         ys = [gk.lstm_layer(x, state, state, leaf, weights[1], time_stats=time_stats)[0] for _ in range(calls)]
         repeat(lambda: torch.autograd.grad(ys, leaf, [dy] * calls, retain_graph=True), passes)
@@ -154,7 +156,7 @@ def test_shared_time_stats():
 def test_grown_while_written():
     """Longer and longer sequences make room while backwards of others write: nothing is lost, no memory is let go too soon."""
     for _ in range(5):
-        time_stats, calls, longest = gk.new_time_stats(30), 200, 3000
+        time_stats, calls, longest = gk.new_time_stats(30), 10 * PASSES, 3000
         grow = lambda table=time_stats: [make_room(table, steps) for steps in range(30, longest)]  # noqa: E731
         works = [partial(repeat, layer_backward(30, time_stats), calls) for _ in range(THREADS - 1)]
         together(grow, *works)

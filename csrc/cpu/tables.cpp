@@ -11,16 +11,33 @@ namespace gk {
 // The columns of gradkernels/telemetry.py, TIME_FIELDS: norms, then what is added up.
 constexpr int64_t NORMS = 3;
 
-void add_row(const Tensor& row, Tensor& stats, int64_t port) {
-  TORCH_CHECK_VALUE(row.numel() == sizeof(Cell) / sizeof(double) && row.is_contiguous(), "add_row: row must hold one cell");
-  const auto* cell = reinterpret_cast<const Cell*>(row.const_data_ptr<double>());
-  const std::lock_guard<std::mutex> lock(tables_mutex);
-  reinterpret_cast<Cell*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(*cell);
+// A table of rows of cells.
+static void check_cells(const char* op, const Tensor& stats) {
+  TORCH_CHECK_VALUE(stats.dim() >= 2 && stats.size(-1) == sizeof(Cell) / sizeof(double) && stats.is_contiguous() &&
+                        stats.scalar_type() == at::kDouble,
+                    op, ": stats must be contiguous float64 of shape (..., cells, 8), got ", stats.scalar_type(), " of shape ",
+                    stats.sizes());
+}
+
+static void check_steps(const char* op, const Tensor& time_stats) {
+  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) > NORMS &&
+                        time_stats.is_contiguous() && time_stats.scalar_type() == at::kDouble,
+                    op, ": time_stats must be a contiguous float64 table, got ", time_stats.scalar_type(), " of shape ",
+                    time_stats.sizes());
+}
+
+void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
+  check_cells("add_row", stats);
+  TORCH_CHECK_VALUE(stats.dim() == 3 && 0 <= port && port < stats.size(0) && stats.size(1) > 0,
+                    "add_row: stats must have a cell at port ", port, ", got shape ", stats.sizes());
+  TORCH_CHECK_VALUE(row_any.dim() == 1 && row_any.size(0) == stats.size(2), "add_row: row must have shape (8,), got ",
+                    row_any.sizes());
+  const Tensor row = row_any.contiguous();
+  record(stats, port, *reinterpret_cast<const Cell*>(row.const_data_ptr<double>()));
 }
 
 Tensor fold(Tensor& stats) {
-  TORCH_CHECK_VALUE(stats.dim() >= 2 && stats.size(-1) == sizeof(Cell) / sizeof(double) && stats.is_contiguous(),
-                    "fold: stats must be contiguous of shape (..., cells, 8), got ", stats.sizes());
+  check_cells("fold", stats);
   std::vector<int64_t> shape(stats.sizes().begin(), stats.sizes().end());
   shape.erase(shape.end() - 2);
   const Tensor result = at::empty(shape, stats.options());
@@ -53,7 +70,8 @@ void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) 
 }
 
 static void add_steps_op(const Tensor& rows_any, Tensor& time_stats) {
-  TORCH_CHECK_VALUE(rows_any.dim() == 2 && time_stats.dim() == 2 && rows_any.size(1) == time_stats.size(1),
+  check_steps("add_steps", time_stats);
+  TORCH_CHECK_VALUE(rows_any.dim() == 2 && rows_any.size(1) == time_stats.size(1),
                     "add_steps: rows must have as many columns as time_stats, got ", rows_any.sizes());
   const Tensor rows = rows_any.contiguous();
   add_steps(rows.const_data_ptr<double>(), rows.size(0), time_stats);
@@ -71,21 +89,14 @@ static void grow(const Tensor& time_stats, int64_t num_steps) {
   time_stats.unsafeGetTensorImpl()->set_sizes_contiguous({1 + num_steps, columns});
 }
 
-static void check_time_stats(const char* op, const Tensor& time_stats) {
-  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) >= 2 && time_stats.is_contiguous() &&
-                        time_stats.scalar_type() == at::kDouble,
-                    op, ": time_stats must be a contiguous float64 table, got ", time_stats.scalar_type(), " of shape ",
-                    time_stats.sizes());
-}
-
 void make_room(Tensor& time_stats, int64_t num_steps) {
-  check_time_stats("make_room", time_stats);
+  check_steps("make_room", time_stats);
   const std::lock_guard<std::mutex> lock(tables_mutex);
   grow(time_stats, num_steps);
 }
 
 Tensor take_steps(Tensor& time_stats) {
-  check_time_stats("take_steps", time_stats);
+  check_steps("take_steps", time_stats);
   const std::lock_guard<std::mutex> lock(tables_mutex);
   // Its size is known under the lock alone, under which nothing is dispatched.
   const Tensor result = at::detail::empty_cpu(time_stats.sizes(), at::kDouble);

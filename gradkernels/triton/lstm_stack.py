@@ -20,8 +20,9 @@ from torch.autograd import Function, forward_ad
 
 from gradkernels.functional import Stack, in_turn
 from gradkernels.library import autocast_off
+from gradkernels.ops._steps import rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
-from gradkernels.ops.lstm_layer import check_layer, rows_of, step_sizes
+from gradkernels.ops.lstm_layer import check_layer
 from gradkernels.triton.lanes import Lanes
 from gradkernels.triton.lstm import NUM_SUMS
 from gradkernels.triton.lstm_backward import WalkedBack
@@ -214,7 +215,7 @@ class _SideBySide(Function):
             c_n = torch.stack([last_rows(part.steps, part.cells) for part in call.parts]).to(x.dtype)
         ctx.stack, ctx.schedule = stack, schedules[-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, *tensors, *saved)
+        ctx.save_for_backward(*tensors, *saved, batch_sizes)
         return y, h_n, c_n
 
     @staticmethod
@@ -222,7 +223,7 @@ class _SideBySide(Function):
         needs = needed(ctx)
         if all(grad is None for grad in grads):
             return (None,) * (3 + len(needs))
-        batch_sizes, *everything = ctx.saved_tensors
+        *everything, batch_sizes = ctx.saved_tensors
         stack = replace(ctx.stack, batch_sizes=batch_sizes)
         tensors, saved = everything[: len(needs)], everything[len(needs) :]
         batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
