@@ -55,7 +55,7 @@ def stack_of(T, B, D, H, layers=2, directions=2, P=0, bias=True, sizes=None, dro
     for part in range(parts):
         inputs = D if part < directions else directions * (P or H)
         shapes = [(4 * H, inputs), (4 * H, P or H), *([(4 * H,)] * 2 if bias else []), *([(P, H)] if P else [])]
-        weights += [(H**-0.5 * randn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
+        weights += [(max(1, H) ** -0.5 * randn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
     tensors = [x, 0.5 * randn(parts, B, P or H, dtype=dtype), 0.5 * randn(parts, B, H, dtype=dtype), *weights]
     batch_sizes = None if sizes is None else torch.tensor(sizes)
     stats = tuple(gk.new_stats(6) if measured else None for _ in range(parts))

@@ -1,4 +1,4 @@
-"""Recurrent ops on sizes of zero, and on batch_sizes of any layout, changed or wrong: torch's numbers or an error, no signal."""
+"""Recurrent ops on sizes of zero, and on batch_sizes of any layout, changed or wrong: torch's numbers, or an error."""
 
 from functools import partial
 
@@ -145,7 +145,7 @@ def test_wrong_batch_sizes(sizes):
         lambda: OP.lstm_layer_fwd(x, *others, batch_sizes, False),
         lambda: layer_module.lstm_layer_fwd_reference(x, *others, batch_sizes, False),
     ):
-        with pytest.raises((ValueError, RuntimeError), match="batch_sizes must|sequence length|negative dimension|overflowed"):
+        with pytest.raises((ValueError, RuntimeError), match=r"batch_sizes must|sequence length|negative dimension|overflowed"):
             call()
 
 
@@ -165,12 +165,12 @@ def test_no_steps():
 def test_wrong_numbers_of_parts():
     inputs, state = layer_inputs(2, 3, 5, 4)[0], (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
     for num_layers in (0, -1):
-        with pytest.raises(gk.ArgumentError, match="^lstm: num_layers must be at least 1"):
+        with pytest.raises(gk.ArgumentError, match=r"^lstm: num_layers must be at least 1"):
             gk.functional.lstm(inputs[0], state, inputs[3:7], num_layers)
     for wrong in ((state[0][0], state[1]), (state[0], state[1][:0]), (state[0], state[1].expand(2, 3, 4))):
         with pytest.raises(gk.ArgumentError, match=r"^lstm: [hc]_0 must have shape \(1, B, \.\), got"):
             gk.functional.lstm(inputs[0], wrong, inputs[3:7])
-    with pytest.raises(gk.ArgumentError, match="^lstm_layer: x must have shape"):
+    with pytest.raises(gk.ArgumentError, match=r"^lstm_layer: x must have shape"):
         gk.functional.lstm(inputs[0][0, 0], state, inputs[3:7], batch_first=True)
 
 

@@ -153,13 +153,18 @@ def test_shared_time_stats():
     torch.testing.assert_close(shared, alone, rtol=1e-6, atol=0)
 
 
+def grow(time_stats, lengths):
+    for length in lengths:
+        make_room(time_stats, length)
+
+
 def test_grown_while_written():
     """Longer and longer sequences make room while backwards of others write: nothing is lost, no memory is let go too soon."""
+    calls, longest = 10 * PASSES, 3000
     for _ in range(5):
-        time_stats, calls, longest = gk.new_time_stats(30), 10 * PASSES, 3000
-        grow = lambda table=time_stats: [make_room(table, steps) for steps in range(30, longest)]  # noqa: E731
+        time_stats = gk.new_time_stats(30)
         works = [partial(repeat, layer_backward(30, time_stats), calls) for _ in range(THREADS - 1)]
-        together(grow, *works)
+        together(partial(grow, time_stats, range(30, longest)), *works)
         assert time_stats.shape[0] == longest
         assert time_stats[0].tolist()[:2] == [30, (THREADS - 1) * calls]
         assert (time_stats[1:31, NORMS] == 6 * (THREADS - 1) * calls).all()

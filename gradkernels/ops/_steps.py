@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gradkernels.library import ArgumentError
@@ -30,4 +32,4 @@ def step_sizes(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | No
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """The rows of a padded or packed tensor: (rows, columns), also where there are no columns."""
-    return x.flatten(0, -2)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
