@@ -19,7 +19,7 @@ from test_lstm_layer import case_of
 import gradkernels as gk
 from gradkernels.library import _C
 
-SECONDS = 60
+SECONDS = 20
 CASES = {  # each large enough to be shared by two threads, in products too
     "gelu": lambda: make_case("gelu", 600, 600),
     "layer_norm": lambda: make_case("layer_norm", 600, 600),
