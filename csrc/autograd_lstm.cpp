@@ -30,14 +30,15 @@ using LayerBwdDifferentiable = LayerGradients(const OptionalTensor&, const Optio
                                               const OptionalTensor&);
 
 struct LstmLayerBackward : Node {
-  SavedVariable x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, y, gates, cells;
-  OptionalTensor batch_sizes, stats, time_stats;
+  SavedVariable x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, y, gates, cells;
+  OptionalTensor stats, time_stats;
   bool reverse = false;
 
   std::string name() const override { return "GradkernelsLstmLayerBackward"; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x, &h0, &c0, &weight_ih, &weight_hh, &bias_ih, &bias_hh, &weight_hr, &y, &gates, &cells}) {
+    for (SavedVariable* saved :
+         {&x, &h0, &c0, &weight_ih, &weight_hh, &bias_ih, &bias_hh, &weight_hr, &batch_sizes, &y, &gates, &cells}) {
       saved->reset_data();
     }
   }
@@ -49,17 +50,18 @@ struct LstmLayerBackward : Node {
     const auto dy = optional(gradients[0]), dh_n = optional(gradients[1]), dc_n = optional(gradients[2]);
     const Tensor in = x.unpack(), h = h0.unpack(), c = c0.unpack(), w_ih = weight_ih.unpack(), w_hh = weight_hh.unpack();
     const auto b_ih = optional(bias_ih.unpack()), b_hh = optional(bias_hh.unpack()), w_hr = optional(weight_hr.unpack());
+    const auto sizes = optional(batch_sizes.unpack());
     const bool inputs = task_should_compute_output(0);
     bool weights = false;
     for (size_t k = 3; k < 8; ++k) weights = weights || task_should_compute_output(k);
     const auto [dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr] = run_backward(
         [&] {
-          return differentiable.call(dy, dh_n, dc_n, in, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, inputs,
-                                     weights, stats, time_stats);
+          return differentiable.call(dy, dh_n, dc_n, in, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, sizes, reverse, inputs, weights,
+                                     stats, time_stats);
         },
         [&] {
-          return kernel.call(dy, dh_n, dc_n, in, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, y.unpack(getptr()),
-                             gates.unpack(), cells.unpack(), reverse, inputs, weights, stats, time_stats);
+          return kernel.call(dy, dh_n, dc_n, in, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, sizes, y.unpack(getptr()), gates.unpack(),
+                             cells.unpack(), reverse, inputs, weights, stats, time_stats);
         });
     const auto wanted = [&](size_t k, const Tensor& d) { return task_should_compute_output(k) ? d : Tensor(); };
     const auto [dbias_ih, dbias_hh] = of_both_biases(wanted(5, dbias), wanted(6, dbias));
@@ -92,7 +94,7 @@ Layer lstm_layer(const Tensor& x, const Tensor& h0, const Tensor& c0, const Tens
     node->bias_ih = save(bias_ih);
     node->bias_hh = save(bias_hh);
     node->weight_hr = save(weight_hr);
-    node->batch_sizes = batch_sizes;
+    node->batch_sizes = save(batch_sizes);
     node->y = SavedVariable(y, /*is_output=*/true);
     node->gates = save(gates);
     node->cells = save(cells);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,6 +14,8 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "threads.h"
 
 namespace gk {
 
@@ -50,8 +51,14 @@ struct Cell {
 };
 static_assert(sizeof(Cell) == 8 * sizeof(double), "a cell is one row of a float64 table");
 
-// Adds the sums of one backward call, `programs` cells `stride` apart, to cell 0 of row `port` of `stats`
-// (ports, cells, 8). The programs are added in their order, so equal work on equal threads gives equal bits.
+// Adds `cell` to cell 0 of row `port` of `stats` (ports, cells, 8). Threads that share a table add to it in turn.
+inline void record(const Tensor& stats, int64_t port, const Cell& cell) {
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  reinterpret_cast<Cell*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(cell);
+}
+
+// Adds the sums of one backward call, `programs` cells `stride` apart. The programs are added in their order, so equal work
+// on equal threads gives equal bits.
 inline void record(const OptionalTensor& stats, int64_t port, const Cell* cells, int64_t stride, int64_t programs,
                    int64_t numel) {
   if (!stats) return;
@@ -59,15 +66,21 @@ inline void record(const OptionalTensor& stats, int64_t port, const Cell* cells,
   for (int64_t p = 0; p < programs; ++p) total.merge(cells[p * stride]);
   total.numel = static_cast<double>(numel);
   total.observation_count = 1;
-  reinterpret_cast<Cell*>(stats->data_ptr<double>() + port * stats->stride(0))->merge(total);
+  record(*stats, port, total);
 }
 
 // `t` in memory without gaps or overlaps, in its own order of dimensions: itself where it already is.
-inline Tensor dense(const Tensor& t) { return t.is_non_overlapping_and_dense() ? t : at::empty_like(t).copy_(t); }
+inline Tensor dense(const Tensor& t) {
+  if (t.is_non_overlapping_and_dense()) return t;
+  const OneThreadInForkedChild guard;
+  return at::empty_like(t).copy_(t);
+}
 
 // `t` with the strides of the dense tensor `model`, so that both can be walked as flat arrays.
 inline Tensor laid_out_as(const Tensor& model, const Tensor& t) {
-  return t.strides() == model.strides() ? t : at::empty_like(model).copy_(t);
+  if (t.strides() == model.strides()) return t;
+  const OneThreadInForkedChild guard;
+  return at::empty_like(model).copy_(t);
 }
 
 constexpr int64_t POINTWISE_BLOCK = 8192;  // elements that are not split over threads
@@ -78,9 +91,8 @@ constexpr int64_t ELEMENTS_PER_THREAD = 16384;  // below this a second thread co
 
 // How many programs share `num_items` items of `item_size` elements: the same for the same work and thread count.
 inline int64_t num_programs(int64_t num_items, int64_t item_size) {
-  if (at::in_parallel_region()) return 1;
   const int64_t wanted = num_items * item_size / ELEMENTS_PER_THREAD;
-  return std::max<int64_t>(1, std::min<int64_t>({wanted, num_items, at::get_num_threads()}));
+  return std::max<int64_t>(1, std::min({wanted, num_items, usable_threads()}));
 }
 
 // Calls body(program, begin, end) for contiguous ranges of [0, num_items), on torch's own thread pool.

@@ -42,6 +42,11 @@ def lstm(
     """
     directions = 2 if bidirectional else 1
     parts = num_layers * directions
+    if num_layers < 1:
+        raise ArgumentError(f"lstm: num_layers must be at least 1, got {num_layers}")
+    for name, state in zip(("h_0", "c_0"), hx, strict=True):
+        if state.dim() != 3 or state.shape[0] != parts:
+            raise ArgumentError(f"lstm: {name} must have shape ({parts}, B, .), got {tuple(state.shape)}")
     if len(weights) == 0 or len(weights) % parts or len(weights) // parts not in ((4, 5) if bias else (2, 3)):
         each = "4 or 5" if bias else "2 or 3"
         raise ArgumentError(f"lstm: weights must hold {each} tensors for each of {parts} parts, got {len(weights)}")
@@ -49,12 +54,12 @@ def lstm(
         if given is not None and len(given) != parts:
             raise ArgumentError(f"lstm: {name} must hold a tensor or None for each of {parts} parts, got {len(given)}")
     x, h0, c0, *weights = autocast_region(x, *hx, *weights)
-    if batch_first and batch_sizes is None:
-        x = x.transpose(0, 1)
+    transposed = batch_first and batch_sizes is None and x.dim() == 3
+    x = x.transpose(0, 1) if transposed else x
     measured = (tuple((None,) * parts if given is None else given) for given in (stats, time_stats))
     stack = Stack(num_layers, directions, bias, batch_sizes, dropout if training else 0.0, *measured)
     y, h_n, c_n = _at_once(stack, x, h0, c0, weights) or in_turn(stack, x, h0, c0, weights)
-    return y.transpose(0, 1) if batch_first and batch_sizes is None else y, h_n, c_n
+    return y.transpose(0, 1) if transposed else y, h_n, c_n
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,8 @@ def lstm_steps(
     keep = None if reset_mask is None else (~reset_mask).to(x.dtype).unsqueeze(-1)
     if batch_first:
         x, keep = x.transpose(0, 1), None if keep is None else keep.transpose(0, 1)
+    if x.shape[0] == 0:
+        raise ArgumentError("lstm: Expected sequence length to be larger than 0 in RNN")
     stack = Stack(num_layers, 1, bias, None, dropout, (), ())
     h_n, c_n = [], []
     for layer in range(num_layers):

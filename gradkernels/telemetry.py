@@ -44,6 +44,7 @@ TIME_FIELDS = (  # of one time step of one direction of an LSTM layer; norms mer
     "output_high",
     "forget_sum",  # sum of f
 )
+NORMS = TIME_FIELDS.index("dh_recurrent") + 1  # how many of them are norms
 
 
 @dataclass(frozen=True)
@@ -141,20 +142,18 @@ def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) ->
     tiny, huge = magnitude < 2.0**-480, magnitude > 2.0**480
     if gradient.dtype is not torch.float64:
         tiny, huge = torch.zeros_like(tiny), torch.zeros_like(huge)
-    cell = stats[port, 0]
-    largest = torch.maximum(cell[ABS_MAX], torch.cat([magnitude, magnitude.new_zeros(1)]).amax())
     sums = (
-        torch.tensor(gradient.numel(), device=cell.device),
-        torch.tensor(1, device=cell.device),
+        torch.tensor(gradient.numel(), device=stats.device),
+        torch.tensor(1, device=stats.device),
         torch.where(tiny | huge, 0.0, magnitude).square().sum(),
         torch.where(tiny, magnitude * SCALE, 0.0).square().sum(),
         torch.where(huge, magnitude / SCALE, 0.0).square().sum(),
-        torch.tensor(0, device=cell.device),
+        torch.cat([magnitude, magnitude.new_zeros(1)]).amax(),
         (~finite).sum(),
         zeros,
     )
-    cell += torch.stack([value.double() for value in sums])
-    cell[ABS_MAX] = largest
+    row = torch.stack([value.double() for value in sums])
+    torch.ops.gradkernels.add_row.default(row, stats, port)
 
 
 def measure_steps_reference(
@@ -170,15 +169,14 @@ def measure_steps_reference(
     """
     if any(torch._C._functorch.is_batchedtensor(step[0]) for step in (dh, gates)):
         return
-    time_stats[0, 0] = max(time_stats[0, 0].item(), len(dh))
-    time_stats[0, 1] += 1
-    for t in range(min(len(dh), time_stats.shape[0] - 1)):
-        norms = torch.stack([_norm(v[t].detach().double()) for v in (dh, dc, dh_recurrent)])
+    rows = []
+    for t in range(len(dh)):
+        norms = [_norm(v[t].detach().double()) for v in (dh, dc, dh_recurrent)]
         i, f, g, o = gates[t].detach().double().chunk(4, -1)
         counts = (i < 0.1, i > 0.9, f < 0.1, f > 0.9, g.abs() > 0.9, o < 0.1, o > 0.9, f)
-        row = time_stats[1 + t]
-        row[:3] = torch.hypot(row[:3], norms)
-        row[3:] += torch.stack([torch.tensor(f.numel(), device=row.device).double(), *(v.double().sum() for v in counts)])
+        count = torch.tensor(f.numel(), dtype=torch.float64, device=f.device)
+        rows.append(torch.stack([*norms, count, *(v.double().sum() for v in counts)]))
+    torch.ops.gradkernels.add_steps.default(torch.stack(rows), time_stats)
 
 
 def _norm(v: torch.Tensor) -> torch.Tensor:

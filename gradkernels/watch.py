@@ -13,9 +13,9 @@ from torch import nn
 from gradkernels.convert import Uncovered, convert, uncovered
 from gradkernels.diagnose import slope
 from gradkernels.nn import LSTM, AddLayerNorm, Residual, _Measuring
-from gradkernels.nn.recurrent import make_room
 from gradkernels.ops.probe import PORTS as PROBE_PORTS
-from gradkernels.ops.probe import fold, probe
+from gradkernels.ops.probe import probe
+from gradkernels.tables import fold, take_steps
 from gradkernels.telemetry import Record, new_stats, new_time_stats, record_of
 from gradkernels.time_profile import TimeProfile, profile_of
 
@@ -110,7 +110,7 @@ class Watch:
         self._rows = []
         for table in self._tables:
             self._rows.append(fold(table).to("cpu", non_blocking=True))
-        self._time_rows = [(site, _take_time_stats(site)) for site in self.sites if site.time_stats is not None]
+        self._time_rows = [(site, take_steps(site.time_stats)) for site in self.sites if site.time_stats is not None]
         self.step_count += 1
         self.loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
         if self.optimizer is not None:
@@ -281,15 +281,6 @@ def _is_watched(module: _Measuring) -> bool:
 def _module_name(site: Site) -> str:
     """The name of the site's module: the site's own, unless that names a part."""
     return site.name.removesuffix(site.part.replace("_l", ".l", 1))
-
-
-def _take_time_stats(site: Site) -> torch.Tensor:
-    """What the site's time steps measured; counting starts again from zero, with room for as many steps as were seen."""
-    rows = site.time_stats.clone()
-    if rows.device.type == "cpu":
-        make_room(site.time_stats, int(rows[0, 0]))
-    site.time_stats.zero_()
-    return rows
 
 
 def _probe_sites(model: nn.Module) -> Iterator[Site]:

@@ -55,7 +55,7 @@ def stack_of(T, B, D, H, layers=2, directions=2, P=0, bias=True, sizes=None, dro
     for part in range(parts):
         inputs = D if part < directions else directions * (P or H)
         shapes = [(4 * H, inputs), (4 * H, P or H), *([(4 * H,)] * 2 if bias else []), *([(P, H)] if P else [])]
-        weights += [(H**-0.5 * randn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
+        weights += [(max(1, H) ** -0.5 * randn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
     tensors = [x, 0.5 * randn(parts, B, P or H, dtype=dtype), 0.5 * randn(parts, B, H, dtype=dtype), *weights]
     batch_sizes = None if sizes is None else torch.tensor(sizes)
     stats = tuple(gk.new_stats(6) if measured else None for _ in range(parts))
@@ -114,6 +114,7 @@ class OnHost:
         half, sizes = weight_hh.dtype is torch.float16, None
         T = rows // B if batch_sizes is None else len(batch_sizes)
         if batch_sizes is not None:
+            assert batch_sizes.is_contiguous()
             self.offsets = np.concatenate([[0], np.cumsum(batch_sizes.numpy())]).astype(np.int64)
             sizes = self.offsets.ctypes.data_as(POINTER(c_int64))
         request = host.Request(T, B, weight_hh.shape[1], sizes, reverse, half, self.sms // at_once, host.H100[1])

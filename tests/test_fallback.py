@@ -50,6 +50,11 @@ def test_shared_memory_without_extension():
     run_tests("-p", "without_extension", "test_shared_memory.py")
 
 
+def test_edges_and_threads_without_extension():
+    """Sizes of zero, batch_sizes of any kind, and tables that several threads share."""
+    run_tests("-p", "without_extension", "test_lstm_edges.py", "test_tables.py", "-k", "not float16 and not float64")
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_instruction_sets(capability):
     """Every kernel, dtype and field on an instruction set this CPU has, other than the one all other tests run on."""

@@ -6,6 +6,7 @@ done in orders drawn by chance among those that the lanes and what each work wai
 
 import contextlib
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -53,7 +54,9 @@ LAYOUTS = {
     "one layer": {"layers": 1},
     "no bias": {"bias": False},
     "packed": {"sizes": [3, 2, 1]},
+    "packed, steps without rows": {"sizes": [3, 2, 0, 0]},
     "in steps": {"dtype": torch.float32},
+    "in steps, without rows": {"dtype": torch.float32, "sizes": [3, 2, 0, 0]},
     "in steps, projected, packed": {"dtype": torch.float32, "sizes": [3, 2, 1], "P": 3},
 }
 
@@ -192,6 +195,31 @@ def test_without_gradients(shuffled, on_host, directions):
     saved = saved_for(*rooms.call_args.args, **rooms.call_args.kwargs)
     assert len({t.data_ptr() for t in saved[1 : 3 * stack.parts : 3]}) == 4
     assert rooms.call_args.kwargs["reuse"] == (directions == 2)
+
+
+@pytest.mark.parametrize("options", [{"D": 0}, {"D": 0, "sizes": [3, 2]}, {"H": 0}], ids=str)
+def test_sizes_of_zero(shuffled, on_host, options):
+    """No inputs, or no units."""
+    stack, tensors = stack_of(**{"T": 3, "B": 3, "D": 5, "H": 16, "dtype": torch.float32, "measured": True, **options})
+    check(*both(stack, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_batch_sizes_of_any_layout(shuffled, on_host, dtype):
+    """The persistent walks read them by pointer."""
+    stack, tensors = stack_of(3, 3, 5, 16, sizes=[3, 2, 1], dtype=dtype)
+    strided = replace(stack, batch_sizes=torch.tensor([[3, 9], [2, 9], [1, 9]])[:, 0])
+    contiguous = results(side_by_side, stack, tensors)
+    check(results(side_by_side, strided, tensors, contiguous[3]), contiguous)
+
+
+def test_batch_sizes_changed_before_the_backward(shuffled, on_host):
+    """As any tensor that a backward reads."""
+    stack, tensors = stack_of(3, 3, 5, 16, sizes=[3, 2, 1])
+    y, _, _ = side_by_side(stack, *tensors[:3], tensors[3:])
+    stack.batch_sizes.copy_(torch.tensor([3, 3, 0]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_mistakes(shuffled):

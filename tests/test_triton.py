@@ -44,6 +44,11 @@ def test_lstm(part):
     run_tests("-p", "on_triton", {"lstm": "test_triton_lstm.py", "stack": "test_lstm_stack.py"}[part], "-W", "ignore")
 
 
+def test_lstm_edges():
+    """tests/test_lstm_edges.py: sizes of zero, and batch_sizes of any layout, changed or wrong."""
+    run_tests("-p", "on_triton", "test_lstm_edges.py", "-W", "ignore", "-k", "not float64 and not float16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_ops(op):

@@ -4,7 +4,6 @@
 
 #include <omp.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <atomic>
 
@@ -15,21 +14,38 @@ namespace gk {
 constexpr int64_t WORK_PER_THREAD = 1 << 18;  // multiply-adds a step, about 7 us: below it waiting costs more than is saved
 constexpr int64_t PADDING = 16;               // columns between rows of dG: powers of two apart they would share cache sets
 
+// The numbers of rows of all time steps, or an error where batch_sizes are not those of x and B.
+inline std::vector<int64_t> step_sizes(const Tensor& x, const OptionalTensor& batch_sizes, int64_t B) {
+  const int64_t T = batch_sizes ? batch_sizes->numel() : x.size(0);
+  TORCH_CHECK_VALUE(T > 0, "lstm_layer: Expected sequence length to be larger than 0 in RNN");
+  if (!batch_sizes) return std::vector<int64_t>(T, B);
+  TORCH_CHECK_VALUE(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(),
+                    "lstm_layer: batch_sizes must be int64 of shape (T,) on the CPU, got ", batch_sizes->scalar_type(),
+                    " of shape ", batch_sizes->sizes(), " on ", batch_sizes->device());
+  const Tensor given = batch_sizes->contiguous();
+  const int64_t* first = given.const_data_ptr<int64_t>();
+  const std::vector<int64_t> sizes(first, first + T);
+  int64_t rows = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    rows += sizes[t];
+    TORCH_CHECK_VALUE(t == 0 ? sizes[0] == B : 0 <= sizes[t] && sizes[t] <= sizes[t - 1],
+                      "lstm_layer: batch_sizes must start with ", B, " and not increase, got ", sizes[t], " at step ", t);
+  }
+  TORCH_CHECK_VALUE(rows == x.size(0), "lstm_layer: batch_sizes must add up to ", x.size(0), ", got ", rows);
+  return sizes;
+}
+
 // The rows of each time step. `order` lists the steps as the forward pass takes them; before[t] is the step it took before t.
 struct Steps {
-  Steps(const Tensor& x, const OptionalTensor& batch_sizes, int64_t B, bool reverse) : B(B) {
-    const int64_t T = batch_sizes ? batch_sizes->numel() : x.size(0);
+  Steps(const Tensor& x, const OptionalTensor& batch_sizes, int64_t B, bool reverse)
+      : B(B), size(step_sizes(x, batch_sizes, B)) {
+    const int64_t T = num_steps();
     offset.push_back(0);
     for (int64_t t = 0; t < T; ++t) {
-      size.push_back(batch_sizes ? batch_sizes->const_data_ptr<int64_t>()[t] : B);
       offset.push_back(offset[t] + size[t]);
       order.push_back(reverse ? T - 1 - t : t);
       before.push_back(reverse ? (t + 1 < T ? t + 1 : -1) : t - 1);
-      TORCH_CHECK_VALUE(!batch_sizes || (t == 0 ? size[0] == B : 0 < size[t] && size[t] <= size[t - 1]),
-                        "lstm_layer: batch_sizes must start with ", B, " and not increase, got ", size[t], " at step ", t);
     }
-    TORCH_CHECK_VALUE(!batch_sizes || offset[T] == x.size(0), "lstm_layer: batch_sizes must add up to ", x.size(0), ", got ",
-                      offset[T]);
   }
   int64_t num_steps() const { return static_cast<int64_t>(size.size()); }
   int64_t num_rows() const { return offset.back(); }
@@ -92,13 +108,9 @@ class Barrier {
   alignas(64) std::atomic<int> turn_{0};
 };
 
-// How many threads walk a sequence: one where a step is small, where another parallel region is around, and in a child of
-// fork(), whose threads are gone while the OpenMP runtime believes them there.
+// How many threads walk a sequence: one where a step is small.
 inline int num_step_threads(int64_t work, int64_t num_blocks) {
-  const int64_t wanted = std::min<int64_t>({work / WORK_PER_THREAD, num_blocks, at::get_num_threads()});
-  if (wanted < 2 || at::in_parallel_region()) return 1;
-  static const pid_t first = getpid();
-  return getpid() == first ? static_cast<int>(wanted) : 1;
+  return static_cast<int>(std::max<int64_t>(1, std::min({work / WORK_PER_THREAD, num_blocks, usable_threads()})));
 }
 
 // Calls body(thread, threads, barrier) on each of `threads` threads at once.
@@ -114,17 +126,19 @@ void for_each_thread(int threads, const Body& body) {
 inline Tensor widened(const Tensor& t) { return t.to(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous(); }
 inline Tensor widened(const OptionalTensor& t) { return t ? widened(*t) : Tensor(); }
 inline Tensor widened_rows(const Tensor& t) {
-  return widened(t).view({t.numel() / std::max<int64_t>(1, t.size(-1)), t.size(-1)});
+  return widened(t).view({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
 }
 
-// Null where the tensor is undefined: what is not there.
-template <typename A>
-const A* pointer(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr<A>() : nullptr;
-}
+// Null where the tensor is undefined: what is not there. One without elements is there, and has an address nobody reads.
 template <typename A>
 A* writable(const Tensor& t) {
-  return t.defined() ? t.mutable_data_ptr<A>() : nullptr;
+  static A nowhere;
+  if (!t.defined()) return nullptr;
+  return t.numel() == 0 ? &nowhere : t.mutable_data_ptr<A>();
+}
+template <typename A>
+const A* pointer(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? t.const_data_ptr<A>() : writable<A>(t);
 }
 
 }  // namespace gk

@@ -85,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& 
                                                  const Tensor& weight_hh, const OptionalTensor& bias_ih_any,
                                                  const OptionalTensor& bias_hh_any) {
   check_lstm_cell("lstm_cell_fwd", x, h, c_any, weight_ih, weight_hh, bias_ih_any, bias_hh_any);
+  const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
   const Tensor c = widened(c_any), bias_ih = widened(bias_ih_any), bias_hh = widened(bias_hh_any);
   Tensor gates = at::mm(widened(x), widened(weight_ih).t());
@@ -112,6 +113,7 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
                         const OptionalTensor& stats) {
   const auto sizes = check_lstm_cell("lstm_cell_bwd", x, h, c_any, weight_ih, weight_hh, bias_ih, bias_hh);
   check_lstm_cell_gradients("lstm_cell_bwd", sizes, dh_next, dc_next, gates, stats, x.scalar_type());
+  const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
   const auto dtype = x.scalar_type();
   const Tensor c = widened(c_any), wide_dh = widened(dh_next), wide_dc = widened(dc_next);

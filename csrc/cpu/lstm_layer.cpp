@@ -8,6 +8,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include "tables.h"
+
 #define GK_SOURCE "lstm_layer.cpp"
 #include "each_isa.h"
 
@@ -59,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(const Tensor& 
                                                                   const OptionalTensor& batch_sizes, bool reverse) {
   check_lstm_layer("lstm_layer_fwd", x, h0_any, c0_any, weight_ih, weight_hh_any, bias_ih, bias_hh, weight_hr_any,
                    batch_sizes.has_value());
+  const OneThreadInForkedChild guard;
   const int64_t B = h0_any.size(0), P = h0_any.size(1), H = c0_any.size(1);
   const Steps steps(x, batch_sizes, B, reverse);
   const Tensor h0 = widened(h0_any), c0 = widened(c0_any), weight_hh = widened(weight_hh_any),
@@ -112,23 +115,20 @@ static Tensor previous_rows(const Steps& steps, const Tensor& rows, const Tensor
   return result;
 }
 
-// Merges into `norm` the norm whose square, times 2^(2 exponent), is sum_of_squares. What is common is quick: no scale, nothing
-// there before.
-static void merge_norm(double& norm, double sum_of_squares, int64_t exponent) {
-  const double root = std::sqrt(sum_of_squares), added = exponent ? std::ldexp(root, static_cast<int>(-exponent)) : root;
-  norm = norm == 0 ? added : std::hypot(norm, added);
+// The norm whose square, times 2^(2 exponent), is sum_of_squares. What is common is quick: no scale.
+static double unscaled_norm(double sum_of_squares, int64_t exponent) {
+  const double root = std::sqrt(sum_of_squares);
+  return exponent ? std::ldexp(root, static_cast<int>(-exponent)) : root;
 }
 
-// Adds one backward call to `time_stats`, the columns of gradkernels/telemetry.py, TIME_FIELDS.
+// Adds one backward call to `time_stats`.
 static void record_steps(const Steps& steps, const std::vector<StepSums>& sums, const std::vector<int64_t>& exponent,
                          int threads, int64_t H, const Tensor& time_stats) {
-  const int64_t T = steps.num_steps(), columns = time_stats.size(1);
-  double* first = time_stats.mutable_data_ptr<double>();
-  first[0] = std::max(first[0], static_cast<double>(T));
-  first[1] += 1;
+  constexpr int64_t columns = 12;
+  const int64_t T = steps.num_steps();
+  std::vector<double> rows(T * columns);
   for (int64_t n = 0; n < T; ++n) {
     const int64_t t = steps.order[T - 1 - n];
-    if (t >= time_stats.size(0) - 1) continue;
     StepSums total;
     for (int thread = 0; thread < threads; ++thread) {
       const StepSums& part = sums[t * threads + thread];
@@ -138,14 +138,15 @@ static void record_steps(const Steps& steps, const std::vector<StepSums>& sums, 
       total.forget += part.forget;
       for (int c = 0; c < 7; ++c) total.counts[c] += part.counts[c];
     }
-    double* row = first + (1 + t) * columns;
-    merge_norm(row[0], total.dh, exponent[t]);
-    merge_norm(row[1], total.dc, exponent[t]);
-    merge_norm(row[2], total.dh_recurrent, n == 0 ? 0 : exponent[steps.order[T - n]]);
-    row[3] += static_cast<double>(steps.size[t] * H);
-    for (int c = 0; c < 7; ++c) row[4 + c] += total.counts[c];
-    row[11] += total.forget;
+    double* row = rows.data() + t * columns;
+    row[0] = unscaled_norm(total.dh, exponent[t]);
+    row[1] = unscaled_norm(total.dc, exponent[t]);
+    row[2] = unscaled_norm(total.dh_recurrent, n == 0 ? 0 : exponent[steps.order[T - n]]);
+    row[3] = static_cast<double>(steps.size[t] * H);
+    for (int c = 0; c < 7; ++c) row[4 + c] = total.counts[c];
+    row[11] = total.forget;
   }
+  add_steps(rows.data(), T, time_stats);
 }
 
 // What the walk back leaves: dG, dh0, dc0, and with a projection the total dh and o tanh(c) of all rows.
@@ -213,6 +214,7 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
   const auto sizes =
       check_lstm_layer("lstm_layer_bwd", x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes.has_value());
   check_lstm_layer_gradients("lstm_layer_bwd", sizes, dy, dh_n, dc_n, x, y, gates, cells, stats, time_stats);
+  const OneThreadInForkedChild guard;
   const Steps steps(x, batch_sizes, h0.size(0), reverse);
   const auto dtype = x.scalar_type();
   const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory

@@ -159,9 +159,13 @@ class Launch {
                     "lstm_walk: batch_sizes must be int64 on the CPU");
     const auto* sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
     std::vector<int64_t> offsets{0};
-    for (int64_t t = 0; t < walk.T; ++t) offsets.push_back(offsets.back() + sizes[t]);
-    const bool fits = walk.T > 0 && sizes[0] == walk.B && offsets.back() == like.size(0);
-    STD_TORCH_CHECK(fits, "lstm_walk: batch_sizes must start with ", walk.B, " and add up to ", like.size(0));
+    bool fits = walk.T > 0 && sizes[0] == walk.B;
+    for (int64_t t = 0; t < walk.T && fits; ++t) {
+      fits = 0 <= sizes[t] && sizes[t] <= sizes[t == 0 ? 0 : t - 1];
+      offsets.push_back(offsets.back() + sizes[t]);
+    }
+    STD_TORCH_CHECK(fits && offsets.back() == like.size(0), "lstm_walk: batch_sizes must start with ", walk.B,
+                    ", not increase and add up to ", like.size(0));
     offsets_ = torch::stable::new_empty(like, {walk.T + 1}, ScalarType::Long);
     void* target = offsets_.mutable_data_ptr();
     check(cudaMemcpyAsync(target, offsets.data(), 8 * offsets.size(), cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");

@@ -17,7 +17,7 @@ from gradkernels.library import ArgumentError
 from gradkernels.nn.measuring import _Measuring
 from gradkernels.ops import lstm_cell as lstm_cell_op
 from gradkernels.ops import lstm_layer as lstm_layer_op
-from gradkernels.telemetry import TIME_FIELDS
+from gradkernels.tables import make_room
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -101,6 +101,8 @@ class LSTM(_Measuring, RNNBase):
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         if reset_mask is not None:
             raise ArgumentError("LSTM: reset_mask must be None for packed input, got one")
+        if batch_sizes.numel() == 0:
+            raise ArgumentError("LSTM: Expected sequence length to be larger than 0 in RNN")
         if hx is None:
             self.check_input(input, batch_sizes)
             hx = self._zeros(input, int(batch_sizes[0]))
@@ -151,17 +153,9 @@ class LSTM(_Measuring, RNNBase):
         in which a call of more steps records the first ones alone, says so in row 0, and `watch.step()` makes room.
         """
         time_stats = getattr(self, f"time_stats{part}", None)
-        if time_stats is not None and not torch.compiler.is_compiling():
+        if time_stats is not None and time_stats.shape[0] <= steps and not torch.compiler.is_compiling():
             make_room(time_stats, steps)
         return time_stats
-
-
-def make_room(time_stats: torch.Tensor, steps: int) -> None:
-    """Grows `time_stats` in place to `steps` steps at least; what is there stays."""
-    rows = time_stats.shape[0]
-    if rows <= steps:
-        time_stats.resize_(1 + steps, len(TIME_FIELDS))
-        time_stats[rows:].zero_()
 
 
 class LSTMCell(_Measuring, RNNCellBase):

@@ -17,6 +17,7 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
+from gradkernels.ops._steps import check_steps, rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
 from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference
 
@@ -33,21 +34,6 @@ SCHEMA_BWD = (
     f"lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {INPUTS}, Tensor y, Tensor gates, Tensor cells, "
     f"bool reverse, bool inputs, bool weights, {STATS}) -> ({GRADIENTS})"
 )
-
-
-def step_sizes(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
-    """The number of rows of each time step, or an error where batch_sizes are not those of x and h0."""
-    if batch_sizes is None:
-        return [x.shape[1]] * x.shape[0]
-    sizes, B, rows = batch_sizes.tolist(), h0.shape[0], x.shape[0]
-    if sizes[0] != B or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != rows:
-        raise ArgumentError(f"lstm_layer: batch_sizes must start with {B}, not increase and add up to {rows}, got {sizes}")
-    return sizes
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """The rows of a padded or packed tensor: (rows, columns)."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def order_of(sizes: list[int], reverse: bool) -> list[int]:
@@ -342,11 +328,7 @@ def check_layer(
     if x.dim() != (2 if packed else 3):
         expected = "(rows, D) where batch_sizes are given" if packed else "(T, B, D)"
         raise ArgumentError(f"lstm_layer: x must have shape {expected}, got {tuple(x.shape)}")
-    if packed and (batch_sizes.dim() != 1 or batch_sizes.dtype is not torch.int64 or batch_sizes.device.type != "cpu"):
-        got = f"{batch_sizes.dtype} of shape {tuple(batch_sizes.shape)} on {batch_sizes.device}"
-        raise ArgumentError(f"lstm_layer: batch_sizes must be int64 of shape (T,) on the CPU, got {got}")
-    if (batch_sizes if packed else x).shape[0] == 0:
-        raise ArgumentError("lstm_layer: Expected sequence length to be larger than 0 in RNN")
+    check_steps(x, batch_sizes)
     if (bias_ih is None) != (bias_hh is None):
         raise ArgumentError("lstm_layer: bias_ih and bias_hh must be given together, got one of them")
     if weight_hh.dim() != 2 or weight_hh.shape[0] % 4 or h0.dim() != 2:
@@ -388,7 +370,7 @@ def lstm_layer(
 
     x: (T, B, D), or (sum of batch_sizes, D) packed; any strides; float32, float64, bfloat16 or float16, like all the others.
     h0: (B, P). c0: (B, H). weight_ih: (4H, D). weight_hh: (4H, P). bias_ih, bias_hh: (4H,), both or neither. weight_hr: (P, H),
-    or None and P = H. batch_sizes: (T,), int64 on the CPU, not increasing, the first one B.
+    or None and P = H. batch_sizes: (T,), int64 on the CPU, not increasing, the first one B. Any size but T may be zero.
     stats: statistics tensor (6, cells, 8) for the ports in PORTS; dbias is the gradient of either bias. time_stats: a tensor
     of `new_time_stats`, see TIME_FIELDS. Both are written in backward; None measures nothing.
     Returns y: (T, B, P) or (rows, P), h_n: (B, P), c_n: (B, H), in x's dtype. Both states are carried in float32 (float64).

@@ -5,28 +5,16 @@ from __future__ import annotations
 import torch
 
 from gradkernels.library import FLOATS, define_composite, define_kernel
-from gradkernels.telemetry import check_stats, measure_reference, merge_cells
+from gradkernels.tables import LOCK
+from gradkernels.telemetry import check_stats, measure_reference
 
 PORTS = ("dy",)
 SCHEMA = "probe(Tensor(a) x, Tensor? stats) -> Tensor(a)"
 SCHEMA_BWD = "probe_bwd(Tensor dy, Tensor(a!) stats, int port) -> ()"
-SCHEMA_FOLD = "fold(Tensor(a!) stats) -> Tensor"
 
 
 def probe_bwd_fake(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
     """Nothing comes out."""
-
-
-def fold_reference(stats: torch.Tensor) -> torch.Tensor:
-    """The rows of a table, (..., cells, fields) -> (..., fields); its cells are zero afterwards."""
-    rows = merge_cells(stats)
-    stats.zero_()
-    return rows
-
-
-def fold_fake(stats: torch.Tensor) -> torch.Tensor:
-    """Contiguous rows."""
-    return stats.new_empty(*stats.shape[:-2], stats.shape[-1])
 
 
 def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
@@ -38,21 +26,21 @@ def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None
 
 
 probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
-fold = define_kernel(SCHEMA_FOLD, fold_reference, fold_fake)
 
 
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
     """x itself, with a hook on its gradient: no node, no view, so writing into x in place stays what it was.
 
     A tensor that meets the same probe again (a leaf every step, a block's input when checkpointing runs the block again)
-    keeps its one hook.
+    keeps its one hook, whichever thread meets it first.
     """
     if stats is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    probes = x.__dict__.setdefault("_gradkernels_probes", [])
-    if not any(known is stats for known in probes):
-        probes.append(stats)
-        x.register_hook(lambda dy: probe_bwd(dy.detach(), stats, 0) if dy is not None else None)
+    with LOCK:
+        probes = x.__dict__.setdefault("_gradkernels_probes", [])
+        if not any(known is stats for known in probes):
+            x.register_hook(lambda dy: probe_bwd(dy.detach(), stats, 0) if dy is not None else None)
+            probes.append(stats)
     return x
 
 

@@ -46,8 +46,10 @@ def note(mode: Any, kernel: Any, compiled: Any, grid: tuple[int, ...], args: tup
 def launch_each(launches: list[tuple[Any, tuple[int, ...], tuple]], *, num_warps: int, **constants: Any) -> None:
     """Runs each (kernel, grid, arguments) in turn, all with the same constants, as `launch` does; never in a traced graph.
 
-    What is the same for all is done once: on the host a step of a recurrent layer is little more than its launch.
+    What is the same for all is done once: on the host a step of a recurrent layer is little more than its launch. A launch of
+    no programs, for a step without rows or a layer without outputs, is left out.
     """
+    launches = [launch for launch in launches if all(launch[1])]
     if not launches:
         return
     mode = _get_current_dispatch_mode()

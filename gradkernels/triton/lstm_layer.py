@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gradkernels.ops._steps import rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
-from gradkernels.ops.lstm_layer import rows_of, step_sizes
 from gradkernels.triton.lstm_parts import Part
 from gradkernels.triton.lstm_steps import Steps, last_rows
 

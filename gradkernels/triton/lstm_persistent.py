@@ -28,7 +28,8 @@ def planned(
     """(programs, predicted cycles of a step) of the persistent walk over tensors like `y`, as one of `at_once` such walks
     between which the device is divided. (0, 0) where there is no such kernel, or it does not fit.
     """
-    if _C_cuda is None or weight_hr is not None or not y.is_cuda or y.dtype not in (torch.bfloat16, torch.float16) or not B:
+    taken = y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and weight_hr is None and B * H > 0
+    if _C_cuda is None or not taken:
         return 0, 0
     return on_device(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward, at_once)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,8 +20,9 @@ from torch.autograd import Function, forward_ad
 
 from gradkernels.functional import Stack, in_turn
 from gradkernels.library import autocast_off
+from gradkernels.ops._steps import rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
-from gradkernels.ops.lstm_layer import check_layer, rows_of, step_sizes
+from gradkernels.ops.lstm_layer import check_layer
 from gradkernels.triton.lanes import Lanes
 from gradkernels.triton.lstm import NUM_SUMS
 from gradkernels.triton.lstm_backward import WalkedBack
@@ -52,7 +53,7 @@ def side_by_side(
     schedules = [schedule_of(stack, x, h0, stack.weights_of(weights, 0), backward) for backward in ways]
     if stack.directions == 1 and all(len(schedule.spans) == 1 for schedule in schedules):
         return None
-    return _SideBySide.apply(stack, schedules, x, h0, c0, *weights)
+    return _SideBySide.apply(stack, schedules, stack.batch_sizes, x, h0, c0, *weights)
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ class _SideBySide(Function):
     """Of a whole call: saves its inputs, and what `saved_for` has made room for."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Stack, schedules: list[Schedule], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, stack: Stack, schedules: list[Schedule], batch_sizes: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         x = tensors[0]
         with below(x):
             saved = saved_for(stack, *tensors[:3], reuse=len(schedules) == len(schedules[0].spans) == 1)
@@ -212,30 +215,31 @@ class _SideBySide(Function):
             c_n = torch.stack([last_rows(part.steps, part.cells) for part in call.parts]).to(x.dtype)
         ctx.stack, ctx.schedule = stack, schedules[-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*tensors, *saved, batch_sizes)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        needs, stack = needed(ctx), ctx.stack
+        needs = needed(ctx)
         if all(grad is None for grad in grads):
-            return (None,) * (2 + len(needs))
-        everything = ctx.saved_tensors
+            return (None,) * (3 + len(needs))
+        *everything, batch_sizes = ctx.saved_tensors
+        stack = replace(ctx.stack, batch_sizes=batch_sizes)
         tensors, saved = everything[: len(needs)], everything[len(needs) :]
         batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
         if batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return None, None, *differentiable_gradients(stack, tensors, saved, grads, needs)
+            return None, None, None, *differentiable_gradients(stack, tensors, saved, grads, needs)
         with below(tensors[0]):
             call = call_of(stack, ctx.schedule, tensors, saved)
             go_back(call, grads, needs)
             found = collect(call, tensors)
-        return None, None, *(d if need else None for d, need in zip(found, needs, strict=True))
+        return None, None, None, *(d if need else None for d, need in zip(found, needs, strict=True))
 
 
 def needed(ctx: Any) -> list[bool]:
     """Which of (x, h0, c0, *weights) this backward pass is to reach, as a C++ node asks; some that could be reached are not."""
-    found = []
-    for need, (node, _) in zip(ctx.needs_input_grad[2:], ctx.next_functions, strict=True):
+    found, wanted = [], ctx.needs_input_grad[3:]
+    for need, (node, _) in zip(wanted, ctx.next_functions[-len(wanted) :], strict=True):
         try:
             found.append(need and node is not None and torch._C._will_engine_execute_node(node))
         except RuntimeError:  # a leaf that torch.autograd.grad has been asked for

@@ -19,7 +19,7 @@ class Steps:
     first: list[int]  # row of each step
     order: range  # the steps as the forward pass takes them
     B: int
-    batch_sizes: torch.Tensor | None = None  # `sizes` on the CPU, where they were given
+    batch_sizes: torch.Tensor | None = None  # `sizes` on the CPU, contiguous, where they were given
 
     @classmethod
     def of(cls, sizes: list[int], B: int, reverse: bool, batch_sizes: torch.Tensor | None = None) -> Steps:
@@ -27,7 +27,8 @@ class Steps:
         first, T = [0], len(sizes)
         for size in sizes:
             first.append(first[-1] + size)
-        return cls(sizes, first, range(T - 1, -1, -1) if reverse else range(T), B, batch_sizes)
+        order = range(T - 1, -1, -1) if reverse else range(T)
+        return cls(sizes, first, order, B, None if batch_sizes is None else batch_sizes.contiguous())
 
     @classmethod
     def padded(cls, rows: int, B: int, reverse: bool) -> Steps:

@@ -1,0 +1,119 @@
+// The tables of statistics on the CPU, which one thread reads, clears or grows while others write them: each op under one lock.
+#include "tables.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/native/Resize.h>
+
+#include "../common.h"
+
+namespace gk {
+
+// The columns of gradkernels/telemetry.py, TIME_FIELDS: norms, then what is added up.
+constexpr int64_t NORMS = 3;
+
+// A table of rows of cells.
+static void check_cells(const char* op, const Tensor& stats) {
+  TORCH_CHECK_VALUE(stats.dim() >= 2 && stats.size(-1) == sizeof(Cell) / sizeof(double) && stats.is_contiguous() &&
+                        stats.scalar_type() == at::kDouble,
+                    op, ": stats must be contiguous float64 of shape (..., cells, 8), got ", stats.scalar_type(), " of shape ",
+                    stats.sizes());
+}
+
+static void check_steps(const char* op, const Tensor& time_stats) {
+  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) > NORMS &&
+                        time_stats.is_contiguous() && time_stats.scalar_type() == at::kDouble,
+                    op, ": time_stats must be a contiguous float64 table, got ", time_stats.scalar_type(), " of shape ",
+                    time_stats.sizes());
+}
+
+void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
+  check_cells("add_row", stats);
+  TORCH_CHECK_VALUE(stats.dim() == 3 && 0 <= port && port < stats.size(0) && stats.size(1) > 0,
+                    "add_row: stats must have a cell at port ", port, ", got shape ", stats.sizes());
+  TORCH_CHECK_VALUE(row_any.dim() == 1 && row_any.size(0) == stats.size(2), "add_row: row must have shape (8,), got ",
+                    row_any.sizes());
+  const Tensor row = row_any.contiguous();
+  record(stats, port, *reinterpret_cast<const Cell*>(row.const_data_ptr<double>()));
+}
+
+Tensor fold(Tensor& stats) {
+  check_cells("fold", stats);
+  std::vector<int64_t> shape(stats.sizes().begin(), stats.sizes().end());
+  shape.erase(shape.end() - 2);
+  const Tensor result = at::empty(shape, stats.options());
+  auto* rows = reinterpret_cast<Cell*>(result.mutable_data_ptr<double>());
+  const int64_t num_rows = c10::multiply_integers(shape) / stats.size(-1), num_cells = stats.size(-2);
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  auto* cells = reinterpret_cast<Cell*>(stats.mutable_data_ptr<double>());
+  for (int64_t r = 0; r < num_rows; ++r) {
+    rows[r] = Cell();
+    for (int64_t c = 0; c < num_cells; ++c) rows[r].merge(cells[r * num_cells + c]);
+  }
+  std::fill(cells, cells + num_rows * num_cells, Cell());
+  return result;
+}
+
+void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) {
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  const int64_t columns = time_stats.size(1), recorded = std::min(num_steps, time_stats.size(0) - 1);
+  double* table = time_stats.mutable_data_ptr<double>();
+  table[0] = std::max(table[0], static_cast<double>(num_steps));
+  table[1] += 1;
+  for (int64_t k = 0; k < recorded * columns; ++k) {
+    double& sum = table[columns + k];
+    if (k % columns >= NORMS) {
+      sum += rows[k];
+    } else {
+      sum = sum == 0 ? rows[k] : std::hypot(sum, rows[k]);
+    }
+  }
+}
+
+static void add_steps_op(const Tensor& rows_any, Tensor& time_stats) {
+  check_steps("add_steps", time_stats);
+  TORCH_CHECK_VALUE(rows_any.dim() == 2 && rows_any.size(1) == time_stats.size(1),
+                    "add_steps: rows must have as many columns as time_stats, got ", rows_any.sizes());
+  const Tensor rows = rows_any.contiguous();
+  add_steps(rows.const_data_ptr<double>(), rows.size(0), time_stats);
+}
+
+// Memory before size: a reader that does not wait for the lock never sees rows that are not there.
+static void grow(const Tensor& time_stats, int64_t num_steps) {
+  const int64_t rows = time_stats.size(0), columns = time_stats.size(1);
+  if (rows > num_steps) return;
+  const int64_t numel = (1 + num_steps) * columns;
+  at::native::resize_bytes_cpu(time_stats.storage().unsafeGetStorageImpl(),
+                               (time_stats.storage_offset() + numel) * sizeof(double));
+  double* table = time_stats.mutable_data_ptr<double>();
+  std::fill(table + rows * columns, table + numel, 0.0);
+  time_stats.unsafeGetTensorImpl()->set_sizes_contiguous({1 + num_steps, columns});
+}
+
+void make_room(Tensor& time_stats, int64_t num_steps) {
+  check_steps("make_room", time_stats);
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  grow(time_stats, num_steps);
+}
+
+Tensor take_steps(Tensor& time_stats) {
+  check_steps("take_steps", time_stats);
+  const std::lock_guard<std::mutex> lock(tables_mutex);
+  // Its size is known under the lock alone, under which nothing is dispatched.
+  const Tensor result = at::detail::empty_cpu(time_stats.sizes(), at::kDouble);
+  double* table = time_stats.mutable_data_ptr<double>();
+  const auto seen = static_cast<int64_t>(table[0]);
+  std::copy(table, table + time_stats.numel(), result.mutable_data_ptr<double>());
+  std::fill(table, table + time_stats.numel(), 0.0);
+  grow(time_stats, seen);
+  return result;
+}
+
+}  // namespace gk
+
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
+  m.impl("add_row", gk::add_row);
+  m.impl("fold", gk::fold);
+  m.impl("add_steps", gk::add_steps_op);
+  m.impl("make_room", gk::make_room);
+  m.impl("take_steps", gk::take_steps);
+}
