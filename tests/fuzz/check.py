@@ -29,12 +29,13 @@ def check(example: Any) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(memory_of(tensor), before[name]), f"{name}: the op wrote into its input, or beside it"
     check_same_bits(results, again, "a second run")
-    check_same_bits(results, plain, "a run without statistics")
+    check_same_bits(plain, results, "a run without statistics")
     check_same_bits({"stats": tables[0]}, {"stats": tables[1]}, "a second run")
     for table in tables:
         assert torch.equal(table[[0, -1]], new_table(example.op)[[0, -1]]), "stats: the op wrote beside its rows"
-    check_statistics(tables[0][1:-1], OPS[example.op].PORTS, example.ports(tensors, results))
-    example.compare(tensors, results)
+    with np.errstate(all="ignore"):
+        check_statistics(tables[0][1:-1], OPS[example.op].PORTS, example.ports(tensors, results))
+        example.compare(tensors, results)
 
 
 def new_table(op: str) -> torch.Tensor:

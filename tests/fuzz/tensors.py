@@ -112,14 +112,19 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torc
     return memory[GUARD + offset :][:count].view(tuple(shape))
 
 
-def values(dtype: str, exponents: tuple[int, int] | None = None, specials: tuple[str, ...] = SPECIALS) -> st.SearchStrategy:
+def values(
+    dtype: str,
+    exponents: tuple[int, int] | None = None,
+    specials: tuple[str, ...] = SPECIALS,
+    means: tuple[float, ...] = (0.0, 0.0, 10.0, 1000.0),
+) -> st.SearchStrategy:
     """Values of a dtype, in `exponents` where not everything that the dtype holds; mostly around 1, mostly nothing special."""
     low, high = exponents or EXPONENTS[dtype]
     everywhere = (st.integers(low, high), st.none()) if exponents is None else (st.integers(low, high),)
     return st.builds(
         Values,
-        exponent=st.one_of(st.just(0), st.just(0), *everywhere),
-        mean=st.sampled_from((0.0, 0.0, 10.0, 1000.0)),
+        exponent=st.one_of(*(st.just(0) if exponents is None else st.just(high),) * 2, *everywhere),
+        mean=st.sampled_from(means),
         special=st.sampled_from(specials),
         share=st.sampled_from((0.0, 0.0, "first", "last", 0.01, 0.3, 1.0)),
     )
