@@ -58,7 +58,7 @@ class Truth:
         set_("size", (1 + most(x_hat)) * self.offset)
         limit = float(torch.finfo(self.dtype if self.dtype is torch.float64 else torch.float32).max) / 64
         magnitudes = np.abs(self.h).sum(1, keepdims=True)
-        overflows = (magnitudes > limit) | (square_sum > limit)
+        overflows = (magnitudes > limit) | (square_sum > limit) | (most(self.h) * rstd > limit)
         set_("row_is_safe", ~overflows | ~np.isfinite(magnitudes))
         set_("limit", limit)
 

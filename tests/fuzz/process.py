@@ -1,8 +1,8 @@
 """Examples in this process, on the one instruction set that torch has chosen in it."""
 
-import sys
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ from fuzz.norms import AddLayerNorm, LayerNorm, add_layer_norms, layer_norms
 from fuzz.pointwise import Gelu, Probe, Residual, gelus, probes, residuals
 from fuzz.recurrent import LSTMCell, LSTMLayer, lstm_cells, lstm_layers
 from fuzz.tensors import Drawn, Values
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
-from hypothesis.errors import FlakyFailure
 
 STRATEGIES = {
     "gelu": gelus,
@@ -26,6 +25,7 @@ STRATEGIES = {
     "probe": probes,
 }
 WORDS = (Gelu, Residual, Probe, LayerNorm, AddLayerNorm, LSTMLayer, LSTMCell, Drawn, Values)
+CAPABILITY_OF = {"AVX2": "avx2", "AVX512": "avx512"}  # as torch shows it: ATEN_CPU_CAPABILITY
 ROUND = 100  # examples of an op before the next one's turn
 DATABASE = Path(__file__).parents[2] / ".hypothesis" / "examples"
 
@@ -34,80 +34,72 @@ class Tried:
     """Examples counted, and the last one written down before it runs: what is left of a process that crashes."""
 
     def __init__(self, last_example: Path | None) -> None:
-        self.count, self.shown = 0, time.monotonic()
-        self.file = last_example and last_example.open("w", buffering=1)
+        self.count, self.last, self.file = 0, None, last_example and last_example.open("w")
 
     def check(self, example: Any) -> None:
+        self.count, self.last = self.count + 1, example
         if self.file:
             self.file.seek(0)
             self.file.truncate()
             self.file.write(repr(example))
             self.file.flush()
-        self.count += 1
         check(example)
 
 
 def fuzz_op(op: str, examples: int, random: bool, tried: Tried) -> None:
-    """Checks `examples` examples of an op. `random`: others each time, those that failed before first."""
-    database = DirectoryBasedExampleDatabase(DATABASE) if random else None
+    """Checks `examples` examples of an op; where one fails it raises, with the smallest one as the last tried.
+
+    `random`: other examples each time, those that failed before first.
+    """
 
     @settings(
         max_examples=examples,
         derandomize=not random,
-        database=database,
+        database=DirectoryBasedExampleDatabase(DATABASE) if random else None,
+        phases=(Phase.reuse, Phase.generate, Phase.shrink),
         deadline=None,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
-        print_blob=False,
     )
     @given(STRATEGIES[op]())
     def check_one(example: Any) -> None:
         tried.check(example)
 
-    # What hypothesis saves failures under, and derandomizes by.
-    check_one.hypothesis.inner_test.__qualname__ = f"fuzz {op}"
+    check_one.hypothesis.inner_test.__qualname__ = f"fuzz_{op}"  # what failures are saved under, and derandomized by
     check_one()
-
-
-def report(op: str, error: BaseException) -> None:
-    """Prints what failed, the smallest example of it, and how to repeat it."""
-    errors = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
-    for one in errors:
-        print(f"FAILED {op}: {type(one).__name__}: {one}")
-        for note in getattr(one, "__notes__", ()):
-            print(f"    {note}")
 
 
 def repeat(source: str) -> None:
     """Checks the one example that `source` describes."""
     check(eval(source, {word.__name__: word for word in WORDS}))
-    print("nothing wrong")
+    print("nothing is wrong")
 
 
-def fuzz(ops: list[str], examples: int | None, seconds: float | None, last_example: Path | None) -> int:
-    """Checks a fixed set of `examples` examples of each op, or random ones for `seconds`. The number of failures, at most 1."""
+def how_to_repeat(example: str, capability: str | None = None) -> str:
+    """The command line, in tests/, on this instruction set or another."""
+    capability = capability or CAPABILITY_OF.get(torch.backends.cpu.get_cpu_capability(), "default")
+    return f"ATEN_CPU_CAPABILITY={capability} python -m fuzz --repeat \"{example}\""
+
+
+def fuzz(ops: Sequence[str], examples: int | None, seconds: float | None, last_example: Path | None) -> bool:
+    """Checks random examples for `seconds`, or `examples` of each op that are always the same. Whether nothing is wrong."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    tried, start = Tried(last_example), time.monotonic()
-
-    def show() -> None:
-        print(f"{tried.count} examples in {time.monotonic() - start:.0f} s", flush=True)
-
-    turns: Callable = lambda: seconds is None or time.monotonic() - start < seconds  # noqa: E731
-    while turns():
-        for op in ops:
-            try:
-                fuzz_op(op, examples or ROUND, examples is None, tried)
-            except (Exception, BaseExceptionGroup, FlakyFailure) as error:
-                report(op, error)
-                show()
-                return 1
-            if not turns():
-                break
-            if time.monotonic() - tried.shown > 30:
-                tried.shown = time.monotonic()
-                show()
-        if seconds is None:
+    tried, start, shown = Tried(last_example), time.monotonic(), 0.0
+    end = start + seconds if examples is None else start
+    turns = itertools.cycle(ops) if examples is None else iter(ops)
+    for op in turns:
+        try:
+            fuzz_op(op, examples or ROUND, examples is None, tried)
+        except Exception as error:
+            print(f"FAILED after {tried.count} examples: {op}: {type(error).__name__}: {error}\nrepeat it in tests/ with:")
+            print(how_to_repeat(repr(tried.last)), flush=True)
+            return False
+        now = time.monotonic()
+        if now - shown > 30:
+            shown = now
+            print(f"{tried.count} examples in {now - start:.0f} s", flush=True)
+        if examples is None and now > end:
             break
-    show()
-    sys.stdout.flush()
-    return 0
+    print(f"{tried.count} examples in {time.monotonic() - start:.0f} s, nothing is wrong", flush=True)
+    return True

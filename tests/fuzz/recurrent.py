@@ -150,7 +150,7 @@ def compare_backward(example: Any, tensors: dict, results: dict, exact: dict, si
     dtype = NAMES[example.dtype]
     x, h0, c0 = (wide(tensors[name]) for name in (("x", "h0", "c0") if example.op == "lstm_layer" else ("x", "h", "c")))
     w_ih, w_hh = wide(tensors["weight_ih"]), wide(tensors["weight_hh"])
-    rows, columns = x.reshape(x[..., 0].numel() if example.D else 0, -1) if example.D else x.reshape(0, 1), 4 * example.H
+    rows, columns = x.flatten(0, -2), 4 * example.H
     count = max(1, len(rows))
     cells = max(1.0, largest(c0), largest(results.get("cells")))
     h = max(largest(h0), 1.0, largest(results.get("y")))
@@ -250,7 +250,7 @@ class LSTMCell:
         compare_backward(self, tensors, results, exact, size * (1 + largest(c)), 1)
 
 
-NUMBERS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65))
+NUMBERS = st.sampled_from((1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65))
 
 
 @st.composite
