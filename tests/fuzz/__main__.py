@@ -12,6 +12,7 @@ import torch
 from fuzz.process import STRATEGIES, fuzz, how_to_repeat, repeat
 
 CAPABILITIES = ("default", "avx2", "avx512")  # ATEN_CPU_CAPABILITY, each including those before it
+PROCESS = ["-m", "fuzz"]
 TESTS = Path(__file__).parents[1]
 
 
@@ -25,7 +26,7 @@ def run_process(capability: str, arguments: list[str]) -> bool:
     """One process on one instruction set; prints its lines with the instruction set's name. Whether it found nothing."""
     with tempfile.TemporaryDirectory() as folder:
         last = Path(folder) / "last"
-        command = [sys.executable, "-m", "fuzz", "--in-process", "--last-example", str(last), *arguments]
+        command = [sys.executable, *PROCESS, "--in-process", "--last-example", str(last), *arguments]
         path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": path}
         process = subprocess.Popen(
