@@ -58,7 +58,9 @@ class Truth:
         set_("size", (1 + most(x_hat)) * self.offset)
         limit = float(torch.finfo(self.dtype if self.dtype is torch.float64 else torch.float32).max) / 64
         magnitudes = np.abs(self.h).sum(1, keepdims=True)
-        overflows = (magnitudes > limit) | (square_sum > limit) | (most(self.h) * rstd > limit)
+        # Where the mean is off by a rounding of h, so is each h - mean, whose squares are summed.
+        off = np.square(rounding(self.dtype) * most(self.h)) * count
+        overflows = (magnitudes > limit) | (square_sum > limit) | (most(self.h) * rstd > limit) | (off > limit)
         set_("row_is_safe", ~overflows | ~np.isfinite(magnitudes))
         set_("limit", limit)
 
