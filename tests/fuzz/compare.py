@@ -52,3 +52,11 @@ def floor(dtype: torch.dtype) -> float:
     """The smallest number of what a tensor of `dtype` is computed in: products below it are lost."""
     info = torch.finfo(accumulator(dtype))
     return info.smallest_normal * info.eps
+
+
+def sum_error(dtype: torch.dtype, count: int, lanes: int = 1) -> float:
+    """How far off a sum of `count` numbers, added one after the other in `lanes`, may be in terms of their magnitudes' sum.
+
+    Half a rounding for each addition, as where all numbers are equal, and a few for what the numbers are products of.
+    """
+    return rounding(dtype) * (8 + count / lanes / 2)

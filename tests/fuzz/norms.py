@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz.compare import check_equal, check_like, check_within, floor, rounding
+from fuzz.compare import check_equal, check_like, check_within, floor, rounding, sum_error
 from fuzz.tensors import DTYPE_NAMES, NAMES, THREADS, Drawn, drawn, sizes, values
 from hypothesis import strategies as st
 
 OPS = torch.ops.gradkernels
 FLAT = ("contiguous", "offset", "sliced", "expanded", "negative")  # layouts of a weight
+LANES = 4  # of a row's sums, on the instruction set with the fewest
 FINITE = ("zero", "subnormal", "smallest")
 
 
@@ -64,14 +65,10 @@ class Truth:
         set_("row_is_safe", ~overflows | ~np.isfinite(magnitudes))
         set_("limit", limit)
 
-    def roundings(self, terms: int) -> float:
-        """Of a sum of so many numbers, in the worst of some thousand examples."""
-        return rounding(self.dtype) * 4 * (1 + math.sqrt(terms) / 16)
-
     def y(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(exact, error, where) of y."""
         exact = self.x_hat * self.weight + self.bias
-        error = self.roundings(self.h.shape[1]) * (np.abs(self.weight) * self.size + np.abs(self.bias) + np.abs(exact))
+        error = sum_error(self.dtype, self.h.shape[1], LANES) * (np.abs(self.weight) * self.size + np.abs(self.bias) + np.abs(exact))
         least = floor(self.dtype) * 8 * (1 + self.rstd) * (1 + np.abs(self.weight))
         return exact, error + least, self.row_is_safe & np.isfinite(self.h + self.weight + self.bias)
 
@@ -83,7 +80,7 @@ class Truth:
         exact = self.rstd * (g - mean(g) - self.x_hat * mean(product)) + self.dresidual
         large_g, large_product = mean(np.abs(g)), mean(np.abs(product))
         parts = (np.abs(g) + large_g) * self.offset + (1 + np.abs(self.x_hat)) * (large_g + large_product) * self.size
-        error = self.roundings(count) * (self.rstd * parts + np.abs(self.dresidual))
+        error = sum_error(self.dtype, count, LANES) * (self.rstd * parts + np.abs(self.dresidual))
         least = floor(self.dtype) * 8 * (1 + self.rstd) * (1 + np.abs(self.weight)) * np.square(self.size)
         largest = (large_g + large_product + np.abs(g).max(1, keepdims=True, initial=0)) * count * self.size * (1 + self.rstd)
         return exact, error + least, self.row_is_safe & ~(np.isfinite(largest) & (largest > self.limit))
@@ -96,7 +93,7 @@ class Truth:
             exact, parts = (self.dy * factor).sum(0), (np.abs(self.dy) * size).sum(0)
             least = floor(self.dtype) * (M + 1) * 4
             safe = ~(np.isfinite(parts) & (parts > self.limit))
-            found[name] = (exact, self.roundings(M) * parts + least, safe & (where if name == "dweight" else True))
+            found[name] = (exact, sum_error(self.dtype, M) * parts + least, safe & (where if name == "dweight" else True))
         return found
 
 
