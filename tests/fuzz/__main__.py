@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import torch
+
 from fuzz.process import STRATEGIES, fuzz, how_to_repeat, repeat
 
 CAPABILITIES = ("default", "avx2", "avx512")  # ATEN_CPU_CAPABILITY, each including those before it

@@ -1,8 +1,8 @@
 """What must hold for every example, whatever the op. An Example has
 
-    op: the name in gradkernels.ops.OPS        threads: how many it runs on
-    tensors() -> {name: tensor or None}        run(tensors, stats) -> {name: tensor}, forward and backward
-    ports(tensors, results) -> {port: gradient}        compare(tensors, results): raises where a result is wrong
+op: the name in gradkernels.ops.OPS        threads: how many it runs on
+tensors() -> {name: tensor or None}        run(tensors, stats) -> {name: tensor}, forward and backward
+ports(tensors, results) -> {port: gradient}        compare(tensors, results): raises where a result is wrong
 """
 
 import math
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz.tensors import BITS
 
+from fuzz.tensors import BITS
 from gradkernels.ops import OPS
 from gradkernels.telemetry import FIELDS, merge_cells, record_of
 

@@ -25,7 +25,9 @@ def check_equal(name: str, ours: torch.Tensor, expected: torch.Tensor) -> None:
     assert not wrong.any(), describe(name, wrong, ours=ours, expected=expected)
 
 
-def check_within(name: str, ours: torch.Tensor, exact: torch.Tensor, error: torch.Tensor, where: torch.Tensor | bool = True) -> None:
+def check_within(
+    name: str, ours: torch.Tensor, exact: torch.Tensor, error: torch.Tensor, where: torch.Tensor | bool = True
+) -> None:
     """Asserts |ours - exact| <= error and one rounding to ours' dtype, where `where`, all in float64.
 
     Where the truth is NaN or infinite ours must be either. Beyond the dtype's largest number ours may be infinite.

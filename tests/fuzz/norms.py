@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
+
 from fuzz.compare import check_equal, check_like, check_within, floor, rounding, sum_error
 from fuzz.tensors import DTYPE_NAMES, NAMES, THREADS, Drawn, drawn, sizes, values
-from hypothesis import strategies as st
+from gradkernels.testing import accumulator
 
 OPS = torch.ops.gradkernels
 FLAT = ("contiguous", "offset", "sliced", "expanded", "negative")  # layouts of a weight
@@ -26,49 +28,40 @@ def plain(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values.astype(np.float64))).reshape(like.shape)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Truth:
-    """A norm of rows h in long double, with the error each result may have and what is too large for the accumulator.
-
-    eps, least: the rounding and the smallest number of what is computed in.
-    """
+    """A norm of rows h in long double: each result, the error it may have, and where nothing leaves the accumulator's range."""
 
     h: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
     dy: np.ndarray
     dresidual: np.ndarray
-    norm_eps: float
+    eps: float
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
         """Row statistics, and how far off x_hat may be: a rounding of h in standard deviations, which also shifts rstd."""
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        M, N = self.h.shape
-        count = max(N, 1)
-        mean = self.h.sum(1, keepdims=True) / count
-        centred = self.h - mean
+        count = max(self.h.shape[1], 1)
+        centred = self.h - self.h.sum(1, keepdims=True) / count
         square_sum = np.square(centred).sum(1, keepdims=True)
-        rstd = 1 / np.sqrt(square_sum / count + self.norm_eps)
-        x_hat = centred * rstd
-        most = lambda values: np.abs(values).max(1, keepdims=True, initial=0)  # noqa: E731
-        set_("mean", mean)
-        set_("rstd", rstd)
-        set_("x_hat", x_hat)
-        set_("offset", 1 + most(self.h) * rstd)
-        set_("size", (1 + most(x_hat)) * self.offset)
-        limit = float(torch.finfo(self.dtype if self.dtype is torch.float64 else torch.float32).max) / 64
-        magnitudes = np.abs(self.h).sum(1, keepdims=True)
+        self.rstd = 1 / np.sqrt(square_sum / count + self.eps)
+        self.x_hat = centred * self.rstd
+        largest_h = np.abs(self.h).max(1, keepdims=True, initial=0)
+        self.offset = 1 + largest_h * self.rstd
+        self.size = (1 + np.abs(self.x_hat).max(1, keepdims=True, initial=0)) * self.offset
+        self.limit = float(torch.finfo(accumulator(self.dtype)).max) / 64
         # Where the mean is off by a rounding of h, so is each h - mean, whose squares are summed.
-        off = np.square(rounding(self.dtype) * most(self.h)) * count
-        overflows = (magnitudes > limit) | (square_sum > limit) | (most(self.h) * rstd > limit) | (off > limit)
-        set_("row_is_safe", ~overflows | ~np.isfinite(magnitudes))
-        set_("limit", limit)
+        off = np.square(rounding(self.dtype) * largest_h) * count
+        sizes = (np.abs(self.h).sum(1, keepdims=True), square_sum, largest_h * self.rstd, off)
+        self.row_is_safe = ~np.isfinite(sizes[0]) | np.logical_and.reduce([size <= self.limit for size in sizes])
 
     def y(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(exact, error, where) of y."""
         exact = self.x_hat * self.weight + self.bias
-        error = sum_error(self.dtype, self.h.shape[1], LANES) * (np.abs(self.weight) * self.size + np.abs(self.bias) + np.abs(exact))
+        error = sum_error(self.dtype, self.h.shape[1], LANES) * (
+            np.abs(self.weight) * self.size + np.abs(self.bias) + np.abs(exact)
+        )
         least = floor(self.dtype) * 8 * (1 + self.rstd) * (1 + np.abs(self.weight))
         return exact, error + least, self.row_is_safe & np.isfinite(self.h + self.weight + self.bias)
 

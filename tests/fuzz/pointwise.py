@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
+
 from fuzz.compare import check_equal, check_like, check_within, floor, rounding
 from fuzz.tensors import DTYPE_NAMES, NAMES, THREADS, Drawn, drawn, shapes, values
-from hypothesis import strategies as st
 
 OPS = torch.ops.gradkernels
 TANH_FACTOR, TANH_CUBE = math.sqrt(2 / math.pi), 0.044715

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
 from fuzz.check import check
 from fuzz.norms import AddLayerNorm, LayerNorm, add_layer_norms, layer_norms
 from fuzz.pointwise import Gelu, Probe, Residual, gelus, probes, residuals
 from fuzz.recurrent import LSTMCell, LSTMLayer, lstm_cells, lstm_layers
 from fuzz.tensors import Drawn, Values
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
 
 STRATEGIES = {
     "gelu": gelus,
@@ -78,7 +79,7 @@ def repeat(source: str) -> None:
 def how_to_repeat(example: str, capability: str | None = None) -> str:
     """The command line, in tests/, on this instruction set or another."""
     capability = capability or CAPABILITY_OF.get(torch.backends.cpu.get_cpu_capability(), "default")
-    return f"ATEN_CPU_CAPABILITY={capability} python -m fuzz --repeat \"{example}\""
+    return f'ATEN_CPU_CAPABILITY={capability} python -m fuzz --repeat "{example}"'
 
 
 def fuzz(ops: Sequence[str], examples: int | None, seconds: float | None, last_example: Path | None) -> bool:

@@ -82,7 +82,7 @@ def bits_of(values: Values, dtype: str, shape: tuple[int, ...], rng: np.random.G
     bits = numbers.view(BITS[numbers.itemsize]).contiguous()
     if values.share in ("first", "last"):
         picked = torch.zeros(shape, dtype=torch.bool)
-        picked.view(-1)[:1 if values.share == "first" else None][-1:] = True
+        picked.view(-1)[: 1 if values.share == "first" else None][-1:] = True
     else:
         picked = torch.from_numpy(np.asarray(rng.random(shape) < values.share))
     special = special_bits(values.special, dtype, int(picked.sum()), rng)
@@ -106,7 +106,7 @@ def lay_out(bits: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """A contiguous tensor inside of a larger one, of ones: as floats they are NaN. 64-byte aligned but for `offset` elements."""
+    """A contiguous tensor inside of a larger one, whose bits are ones: NaN. 64-byte aligned but for `offset` elements."""
     count = int(np.prod(shape))
     memory = torch.full((count + 2 * GUARD,), -1, dtype=dtype)
     return memory[GUARD + offset :][:count].view(tuple(shape))
