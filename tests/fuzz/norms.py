@@ -59,11 +59,10 @@ class Truth:
     def y(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(exact, error, where) of y."""
         exact = self.x_hat * self.weight + self.bias
-        error = sum_error(self.dtype, self.h.shape[1], LANES) * (
-            np.abs(self.weight) * self.size + np.abs(self.bias) + np.abs(exact)
-        )
+        parts = np.abs(self.weight) * self.size + np.abs(self.bias) + np.abs(exact)
+        error = sum_error(self.dtype, self.h.shape[1], LANES) * parts
         least = floor(self.dtype) * 8 * (1 + self.rstd) * (1 + np.abs(self.weight))
-        return exact, error + least, self.row_is_safe & np.isfinite(self.h + self.weight + self.bias)
+        return exact, error + least, self.row_is_safe
 
     def dx(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(exact, error, where) of dx."""

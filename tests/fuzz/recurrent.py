@@ -1,6 +1,5 @@
 """Examples of lstm_layer and lstm_cell. What forward saved is checked step by step, and taken for granted in backward."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +8,9 @@ from hypothesis import strategies as st
 
 import gradkernels as gk
 from fuzz.compare import check_equal, check_like, check_within, floor, rounding, sum_error
+from fuzz.lstm_truth import Inputs, Near, Step, time_fields, walk_back
 from fuzz.tensors import DTYPE_NAMES, NAMES, THREADS, Drawn, drawn, values
-from gradkernels.ops.lstm_cell import lstm_cell_bwd_reference
-from gradkernels.ops.lstm_layer import lstm_layer_bwd_reference, order_of, previous_rows, step_sizes
+from gradkernels.ops.lstm_layer import order_of, previous_rows, step_sizes
 from gradkernels.testing import accumulator, largest
 
 OPS = torch.ops.gradkernels
@@ -24,16 +23,6 @@ COUNTS = slice(3, 11)  # columns of time_stats that are counted
 def wide(t: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor in float64, or None."""
     return t if t is None else t.resolve_neg().double()
-
-
-def sums(t: torch.Tensor | None, dim: int) -> float:
-    """The largest sum of magnitudes along `dim`; 0 of nothing."""
-    return 0.0 if t is None or t.numel() == 0 else largest(torch.where(t.isfinite(), t, 0.0).abs().sum(dim))
-
-
-def limit_of(dtype: str) -> float:
-    """Of the largest gradient of a state: beyond it sums may leave what a tensor of `dtype` is computed in."""
-    return torch.finfo(accumulator(NAMES[dtype])).max / 64
 
 
 @dataclass(frozen=True)
@@ -102,23 +91,16 @@ class LSTMLayer:
 
     def compare(self, tensors: dict, results: dict) -> None:
         compare_forward(self, tensors, results)
-        arguments = [
-            t if name == "batch_sizes" else wide(t)
-            for name, t in zip(("x", "h0", "c0", *WEIGHTS, "batch_sizes"), self.arguments(tensors), strict=True)
-        ]
-        saved = [wide(results[name]) for name in ("y", "gates", "cells")]
-        dys = [wide(tensors[name]) for name in ("dy", "dh_n", "dc_n")]
-        time_stats = gk.new_time_stats(self.num_steps(tensors))
-        exact = lstm_layer_bwd_reference(*dys, *arguments, *saved, self.reverse, *self.wanted, time_stats)
-        names = ("dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
-        exact = dict(zip(names, exact, strict=True))
-        size = largest(time_stats[1:, :2]) if time_stats[1:, :2].isfinite().all() else math.inf
-        size = max(size, *(largest(d) for d in dys))
-        steps = self.num_steps(tensors)
-        size *= 1 + sums(wide(tensors["weight_hr"]), 0)
-        compare_backward(self, tensors, results, exact, size, steps)
-        if not limit_of(self.dtype) < size < math.inf:
-            compare_steps(self, results["time_stats"], time_stats, size * steps)
+        x, h0, c0, w_ih, w_hh, w_hr, dy, dh_n, dc_n = (
+            wide(tensors[name]) for name in ("x", "h0", "c0", "weight_ih", "weight_hh", "weight_hr", "dy", "dh_n", "dc_n")
+        )
+        y, gates, cells = (wide(results[name]) for name in ("y", "gates", "cells"))
+        sizes = step_sizes(tensors["x"], tensors["h0"], tensors["batch_sizes"])
+        rows = (x.flatten(0, -2), h0, c0, w_ih, w_hh, w_hr, y.flatten(0, -2), gates, cells)
+        dy = dy if dy is None else dy.flatten(0, -2)
+        exact, steps = walk_back(Inputs(*rows, dy, dh_n, dc_n, sizes, self.reverse, NAMES[self.dtype]))
+        if compare_backward(self, tensors, results, exact, steps):
+            compare_steps(results["time_stats"], steps, gates.split(sizes), self.dtype)
 
 
 def compare_forward(example: LSTMLayer, tensors: dict, results: dict) -> None:
@@ -154,53 +136,34 @@ def compare_forward(example: LSTMLayer, tensors: dict, results: dict) -> None:
     check_equal("c_n", results["c_n"], results["cells"][last].to(dtype))
 
 
-def compare_backward(example: Any, tensors: dict, results: dict, exact: dict, size: float, steps: int) -> None:
-    """Gradients against the reference in float64. size: the largest gradient of a state, over all steps."""
-    dtype = NAMES[example.dtype]
-    x, h0, c0 = (wide(tensors[name]) for name in (("x", "h0", "c0") if example.op == "lstm_layer" else ("x", "h", "c")))
-    w_ih, w_hh = wide(tensors["weight_ih"]), wide(tensors["weight_hh"])
-    rows, columns = x.flatten(0, -2), 4 * example.H
-    count = max(1, len(rows))
-    cells = max(1.0, largest(c0), largest(results.get("cells")))
-    h = max(largest(h0), 1.0, largest(results.get("y")))
-    of_part = {
-        "dx": sums(w_ih, 0),
-        "dh0": 1 + sums(w_hh, 0),
-        "dh": sums(w_hh, 0),
-        "dc0": 1.0,
-        "dc": 1.0,
-        "dweight_ih": sums(rows, 0),
-        "dweight_hh": h * (count + len(h0)),
-        "dbias": count,
-        "dweight_hr": count,
-    }
-    limit = limit_of(example.dtype)
-    came = max(largest(wide(tensors.get(name))) for name in ("dy", "dh_n", "dc_n", "dh_next", "dc_next"))
-    for name, truth in exact.items():
-        part = cells * of_part[name]
-        relative = sum_error(dtype, columns + count) * max(1, steps)
-        error = size * part * relative + floor(dtype) * 8 * max(1.0, part) * count
-        check_like(name, results[name], dtype, truth.shape)
-        if math.isinf(size) and came < limit / max(columns, 1):  # no more than what is finite and what is not
-            error = limit
-        elif size * max(part, 1.0) * max(columns, 1) > limit:
+def compare_backward(example: Any, tensors: dict, results: dict, exact: dict[str, Near], steps: list[Step]) -> bool:
+    """Every gradient against the truth; False, and nothing compared, where numbers on the way may leave their range."""
+    limit = torch.finfo(accumulator(NAMES[example.dtype])).max / 64
+    widest = 8 * example.H * (1 + largest(wide(tensors["weight_hh"])) + largest(wide(tensors["weight_ih"])))
+    seen = [d.value for step in steps for d in (step.dh, step.dc, step.dgates)] + [d.value for d in exact.values()]
+    if max((largest(value) for value in seen), default=0.0) * max(widest, 1.0) > limit:
+        return False
+    given = {"dx": tensors["x"], "dbias": tensors["bias_ih"]}
+    given |= {name: tensors.get(name[1:]) for name in ("dh", "dc", "dh0", "dc0", "dweight_ih", "dweight_hh", "dweight_hr")}
+    there = {**example.ports(tensors, results), **{name: results[name] for name in ("dh0", "dc0") if name in results}}
+    for name, near in exact.items():
+        if name not in there:
+            assert results[name].numel() == 0, f"{name}: not asked for"
             continue
-        check_within(name, results[name], truth.double(), torch.tensor(error, dtype=torch.float64))
+        check_like(name, there[name], NAMES[example.dtype], given[name].shape)
+        value, error = (part.reshape(given[name].shape) for part in (near.value, near.error))
+        check_within(name, there[name], value, error)
+    return True
 
 
-def compare_steps(example: LSTMLayer, ours: torch.Tensor, exact: torch.Tensor, size: float) -> None:
-    """The statistics of time steps: counts exactly; norms and sums to 1e-5 (1e-10 in float64).
-
-    Norms are of gradients as they were computed: each element of them is off by roundings of `size`, the largest.
-    """
-    assert torch.equal(ours[0], exact[0]), f"time_stats: {ours[0].tolist()} calls, expected {exact[0].tolist()}"
-    check_equal("time_stats counts", ours[1:, COUNTS], exact[1:, COUNTS])
-    relative = 1e-10 if example.dtype == "float64" else 1e-5
-    error = relative * exact[1:].abs().nan_to_num(0.0, 0.0) + torch.finfo(torch.float64).smallest_normal
-    if math.isfinite(size):
-        elements = exact[1:, 3:4]
-        error[:, :3] += 8 * rounding(NAMES[example.dtype]) * size * elements.sqrt()
-    check_within("time_stats", ours[1:], exact[1:], error)
+def compare_steps(ours: torch.Tensor, steps: list[Step], gates: tuple[torch.Tensor, ...], dtype: str) -> None:
+    """The statistics of time steps: counts exactly; norms of gradients as computed, and sums, to 1e-5 (float64: 1e-10)."""
+    assert ours[0, :2].tolist() == [len(steps), 1], f"time_stats: {ours[0].tolist()}"
+    fields = [time_fields(step, part) for step, part in zip(steps, gates, strict=True)]
+    exact, error = (torch.stack(part) for part in zip(*fields, strict=True))
+    check_equal("time_stats counts", ours[1:, COUNTS], exact[:, COUNTS])
+    relative = 1e-10 if dtype == "float64" else 1e-5
+    check_within("time_stats", ours[1:], exact, error + relative * exact.abs().nan_to_num(0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -267,11 +230,10 @@ class LSTMCell:
         error = 4 * rounding(dtype) * size + floor(dtype)
         check_within("c_next", results["c_next"], c_next, error)
         check_within("h_next", results["h_next"], o * c_next.tanh(), error + 8 * rounding(dtype))
-        exact = lstm_cell_bwd_reference(dh_next, dc_next, *arguments, gates, *self.wanted)
-        exact = dict(zip(("dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias"), exact, strict=True))
-        came = [d for d in (dh_next, dc_next) if d is not None]
-        size = sum(largest(d) for d in came) if all(d.isfinite().all() for d in (*came, c)) else math.inf
-        compare_backward(self, tensors, results, exact, size * (1 + largest(c)), 1)
+        rows = (x, h, c, w_ih, w_hh, None, h, gates, c_next, None, dh_next, dc_next)
+        exact, steps = walk_back(Inputs(*rows, [self.B], False, dtype))
+        exact |= {"dh": exact.pop("dh0"), "dc": exact.pop("dc0")}
+        compare_backward(self, tensors, results, exact, steps)
 
 
 NUMBERS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65))
