@@ -87,10 +87,9 @@ class Step:
     dc_before: Near
 
 
-def step_back(
-    dh: Near, recurrent: Near, dc: Near, gates: torch.Tensor, cells: torch.Tensor, c: torch.Tensor, p: Inputs
-) -> Step:
-    """One step: `dh` all of it, `dc` what came from the step after. c: the cells before."""
+def step_back(dh: Near, recurrent: Near, dc: Near, saved: tuple, p: Inputs) -> Step:
+    """One step: `dh` all of it, `dc` what came from the step after. saved: gates, cells, and the cells before."""
+    gates, cells, c = saved
     H, eps = cells.shape[1], rounding(p.dtype)
     i, f, g, o = (gates[:, k * H : (k + 1) * H] for k in range(4))
     m = cells.tanh()
