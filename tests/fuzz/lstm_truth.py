@@ -74,6 +74,7 @@ class Inputs:
     sizes: list[int]
     reverse: bool
     dtype: torch.dtype
+    cells_error: float = 0.0  # where cells are not saved but computed again
 
 
 @dataclass
@@ -94,12 +95,13 @@ def step_back(dh: Near, recurrent: Near, dc: Near, saved: tuple, p: Inputs) -> S
     i, f, g, o = (gates[:, k * H : (k + 1) * H] for k in range(4))
     m = cells.tanh()
     dm = dh if p.weight_hr is None else dh.matmul(p.weight_hr)
-    total = dm.times(o * (1 - m * m), 8 * eps * o) + dc
+    m_error = 4 * eps * m.abs() + p.cells_error
+    total = dm.times(o * (1 - m * m), (4 * eps + 2 * m_error) * o) + dc
     parts = (
         total.times(g * i * (1 - i)),
         total.times(c).times(f * (1 - f)),  # c may be so small that a product with f is not exact
         total.times(i * (1 - g * g), 2 * eps * i),
-        dm.times(m * o * (1 - o), 4 * eps * (m * o).abs()),
+        dm.times(m * o * (1 - o), m_error * o * (1 - o)),
     )
     dgates = Near(torch.cat([part.value for part in parts], 1), torch.cat([part.error for part in parts], 1), p.dtype)
     return Step(dh, total, recurrent, dgates, total.times(f))

@@ -231,7 +231,7 @@ class LSTMCell:
         check_within("c_next", results["c_next"], c_next, error)
         check_within("h_next", results["h_next"], o * c_next.tanh(), error + 8 * rounding(dtype))
         rows = (x, h, c, w_ih, w_hh, None, h, gates, c_next, None, dh_next, dc_next)
-        exact, steps = walk_back(Inputs(*rows, [self.B], False, dtype))
+        exact, steps = walk_back(Inputs(*rows, [self.B], False, dtype, 4 * rounding(dtype) * largest(size)))
         exact |= {"dh": exact.pop("dh0"), "dc": exact.pop("dc0")}
         compare_backward(self, tensors, results, exact, steps)
 
@@ -274,7 +274,7 @@ def lstm_layers(draw: st.DrawFn) -> LSTMLayer:
     lengths = draw(
         st.none() | st.lists(st.integers(1, 6), min_size=1, max_size=6).map(lambda n: tuple(sorted(n, reverse=True)))
     )
-    if draw(st.integers(0, 9)) == 0:  # enough work for three threads
+    if draw(st.sampled_from((False,) * 9 + (True,))):  # enough work for three threads
         T, B, lengths = 2, 40, None if lengths is None else (3,) * 20 + (2,) * 20
         words["H"], P = 150, None if P is None else 100
     dy, dh_n, dc_n = came
