@@ -24,14 +24,14 @@ slow: $(VENV)/.built
 
 # Random examples on every instruction set this CPU has, all at the same time: FUZZ_SECONDS=60 for a minute of it.
 fuzz: $(VENV)/.built
-	cd tests && ../$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+	cd tests && $(abspath $(BIN))/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 # The extension once more, in build/asan, with AddressSanitizer and UBSan: the op tests and a minute of fuzzing on it. About
 # seven minutes on two cores, four of them the build.
 asan: $(VENV)/.installed
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
-	cd tests && $(SANITIZED) ../$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "not inductor" $(OPS:%=test_%.py)
-	cd tests && $(SANITIZED) ../$(BIN)/python -m fuzz --seconds 60
+	cd tests && $(SANITIZED) $(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" -k "not inductor" $(OPS:%=test_%.py)
+	cd tests && $(SANITIZED) $(abspath $(BIN))/python -m fuzz --seconds 60
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
