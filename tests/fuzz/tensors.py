@@ -15,7 +15,12 @@ NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes an element
 MANTISSA = {"float32": 23, "float64": 52, "bfloat16": 7, "float16": 10}
 EXPONENTS = {"float32": (-44, 38), "float64": (-320, 300), "bfloat16": (-40, 38), "float16": (-7, 4)}  # of 10
-SPECIALS = ("zero", "infinity", "nan", "signalling", "subnormal", "smallest", "largest")
+# Exponents of 10 around which the square of a number, or a sum of them, leaves its accumulator's range.
+FLOAT_EDGES = (-23, -22, -19, 17, 18, 19)
+EDGES = {"float32": FLOAT_EDGES, "bfloat16": FLOAT_EDGES, "float64": (-162, -154, -145, 144, 152, 153, 154), "float16": (-4, 2)}
+# mixed: those before it, singly or in runs
+MODERATE = ("zero", "infinity", "nan", "signalling", "subnormal", "smallest", "mixed")
+SPECIALS = (*MODERATE, "largest")
 LAYOUTS = ("contiguous", "offset", "transposed", "sliced", "expanded", "expanded rows", "negative")
 WIDTHS = (4, 8, 16, 32, 64)  # elements of a vector, or of a pair of them, on some instruction set
 BLOCKS = (512, 1024, 4096, 8192)  # elements between two folds of the statistics, or two threads
@@ -56,6 +61,9 @@ class Drawn:
 
 def special_bits(special: str, dtype: str, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` special values as int64, each with a random sign, and random bits where it has any."""
+    if special == "mixed":
+        kinds, run = [special_bits(kind, dtype, count, rng) for kind in MODERATE[:-1]], rng.choice((1, max(WIDTHS)))
+        return np.choose(rng.integers(0, len(kinds), count).repeat(run)[:count], kinds)
     mantissa, size = MANTISSA[dtype], NAMES[dtype].itemsize
     infinity = (1 << (8 * size - 1)) - (1 << mantissa)
     random, quiet = rng.integers(1, 1 << (mantissa - 1), count), 1 << (mantissa - 1)
@@ -120,13 +128,16 @@ def values(
 ) -> st.SearchStrategy:
     """Values of a dtype, in `exponents` where not everything that the dtype holds; mostly around 1, mostly nothing special."""
     low, high = exponents or EXPONENTS[dtype]
-    everywhere = (st.integers(low, high), st.none()) if exponents is None else (st.integers(low, high),)
+    around_one, anywhere = st.just(0 if exponents is None else high), st.integers(low, high)
+    exponent = around_one | around_one | anywhere
+    if exponents is None:
+        exponent |= st.none() | st.sampled_from(EDGES[dtype])
     return st.builds(
         Values,
-        exponent=st.one_of(*(st.just(0) if exponents is None else st.just(high),) * 2, *everywhere),
+        exponent=exponent,
         mean=st.sampled_from(means),
-        special=st.sampled_from(specials),
-        share=st.sampled_from((0.0, 0.0, "first", "last", 0.01, 0.3, 1.0)),
+        special=st.sampled_from(specials) | (st.just("mixed") if "mixed" in specials else st.sampled_from(specials)),
+        share=st.sampled_from((0.0, 0.0, "first", "last", 0.01, 0.3, 1.0, 1.0)),
     )
 
 
@@ -139,17 +150,18 @@ def sizes(largest: int) -> st.SearchStrategy:
     """Sizes of at most `largest`: small ones, and those around whole vectors and blocks."""
     around = {size + d for width in WIDTHS for size in (width, 2 * width, 3 * width) for d in (-1, 0, 1)}
     around |= {size + d for block in BLOCKS for size in (block, 2 * block) for d in (-1, 0, 1)}
-    return st.one_of(st.integers(0, min(largest, 9)), st.sampled_from(sorted(size for size in around if size <= largest)))
+    around = st.sampled_from(sorted(size for size in around if size <= largest))
+    return st.one_of(st.integers(0, min(largest, 9)), around, around)
 
 
 def shapes(num_elements: int = 40000) -> st.SearchStrategy:
     """Shapes of 0 to 4 dimensions; the last one is the longest, and rarely there are enough elements for three threads."""
     rows = st.sampled_from((0, 1, 1, 2, 3, 5, 17))
-    small = st.tuples(sizes(200)).map(tuple)
+    vector = st.tuples(sizes(num_elements))
     matrix = st.tuples(rows, sizes(num_elements // 17))
     deep = st.lists(st.integers(0, 5), min_size=1, max_size=3).flatmap(lambda outer: sizes(300).map(lambda n: (*outer, n)))
     threaded = st.sampled_from(((24577,), (4, 8193), (49153,), (7, 7001), (3, 5, 3300), (2049, 24)))
-    return st.one_of(st.just(()), small, small, matrix, matrix, matrix, deep, threaded)
+    return st.one_of(st.just(()), vector, vector, matrix, matrix, deep, threaded)
 
 
 DTYPE_NAMES = st.sampled_from(tuple(NAMES))
