@@ -4,7 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) setup.py pyproject.toml
 
-.PHONY: demo test slow lint format bench codegen gpu clean
+FUZZ_SECONDS ?= 3600
+OPS := gelu layer_norm add_layer_norm residual probe lstm_layer lstm_cell
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
+# Exit code 99, so that the fuzzer tells a process that a sanitizer ended from one that found something wrong. Python leaks.
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYTHONPATH=$(CURDIR)/build/asan/lib \
+	ASAN_OPTIONS=detect_leaks=0:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:exitcode=99
+
+.PHONY: demo test slow fuzz asan lint format bench codegen gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/gradkernels demo
@@ -14,6 +21,17 @@ test: $(VENV)/.built
 
 slow: $(VENV)/.built
 	$(BIN)/python -m pytest -m slow
+
+# Random examples on every instruction set this CPU has, all at the same time: FUZZ_SECONDS=60 for a minute of it.
+fuzz: $(VENV)/.built
+	cd tests && $(abspath $(BIN))/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# The extension once more, in build/asan, with AddressSanitizer and UBSan: the op tests and a minute of fuzzing on it. About
+# seven minutes on two cores, four of them the build.
+asan: $(VENV)/.installed
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	cd tests && $(SANITIZED) $(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" -k "not inductor" $(OPS:%=test_%.py)
+	cd tests && $(SANITIZED) $(abspath $(BIN))/python -m fuzz --seconds 60
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ installs without either: `gk.implementations()` then says so.
 
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -18,6 +19,7 @@ from setuptools import setup
 
 SOURCES = [str(path) for folder in ("csrc", "csrc/cpu") for path in sorted(Path(folder).glob("*.cpp"))]
 CUDA_SOURCES = [str(path) for suffix in ("cpp", "cu") for path in sorted(Path("csrc/cuda").glob(f"*.{suffix}"))]
+CFLAGS = shlex.split(os.environ.get("CFLAGS", ""))
 HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]
 # The oldest torch whose stable ABI csrc/cuda keeps to; USE_CUDA makes torch's header declare the current stream.
 CUDA_DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
@@ -61,12 +63,13 @@ def native_build() -> dict:
         return {}
     import pybind11
 
+    # The user's own CFLAGS come last, so that an optimization level among them wins (`make asan`).
     # -fopenmp when compiling alone: at::parallel_for is inlined here, and its runtime is the one torch has already loaded.
     extension = CppExtension(
         "gradkernels._C",
         SOURCES,
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-g0"],
+        extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-g0", *CFLAGS],
         depends=HEADERS,
     )
     extensions = [extension, *cuda_extensions(pybind11.get_include())]

@@ -1,0 +1,100 @@
+"""Numbers at the edges: infinities, rows shorter than a vector or longer than a float can sum, what float64 can hold."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import gradkernels as gk
+from gradkernels.telemetry import merge_cells, record_of
+
+OPS = torch.ops.gradkernels
+
+
+def measured(gradient):
+    """The record of a gradient, by the probe."""
+    stats = gk.new_stats(1)
+    OPS.probe_bwd(gradient, stats, 0)
+    return record_of("site", "dy", merge_cells(stats)[0].tolist())
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gelu_of_infinities(dtype, approximate):
+    """PyTorch's answers, forward and backward, at places of a vector and of a row's end."""
+    x = torch.zeros(37, dtype=dtype)
+    x[0], x[5], x[33], x[36], x[9] = (float(v) for v in ("inf", "-inf", "inf", "-inf", "nan"))
+    found = []
+    for gelu in (lambda x: gk.gelu(x, approximate), lambda x: F.gelu(x, approximate=approximate)):
+        leaf = x.clone().requires_grad_()
+        y = gelu(leaf)
+        found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+    for ours, eager in zip(*found, strict=True):
+        assert_close(ours, eager, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [1e152, 1e300, 1e-152, 1e-300])
+def test_norm_of_float64(value):
+    """Finite for finite gradients of several blocks, whose squares leave float64's range."""
+    count = 40_000
+    assert measured(torch.full((count,), value, dtype=torch.float64)).norm == pytest.approx(value * count**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 8, 15, 31, 33, 63])
+def test_norm_of_short_rows(N, dtype):
+    """Equal elements, so that every rounding of a sum goes the same way."""
+    M, stats = 100_000 // N, gk.new_stats(4)
+    x, dy = torch.randn(M, N).to(dtype), torch.full((M, N), 1.1).to(dtype)
+    _, mean, rstd = OPS.layer_norm_fwd(x, None, None, 1, 1e-5)
+    OPS.layer_norm_bwd(dy, x, mean, rstd, None, None, 1, False, stats)
+    row = merge_cells(stats)[0]
+    assert row[2].item() == pytest.approx(dy.double().square().sum().item(), rel=1e-5)
+
+
+def test_long_rows():
+    """Mean and variance of a row of three million columns, far from zero: no worse than PyTorch's."""
+    x = torch.randn(1, 3_000_000) + 10
+    _, mean, rstd = OPS.layer_norm_fwd(x, None, None, 1, 0.0)
+    exact = x.double().var(correction=0).rsqrt().item()
+    eager = torch.native_layer_norm(x, (x.shape[1],), None, None, 0.0)[2].item()
+    assert abs(rstd.item() - exact) <= 1.5 * abs(eager - exact) + 2e-7 * exact
+    assert mean.item() == pytest.approx(x.double().mean().item(), rel=2e-7)
+
+
+def test_many_rows():
+    """Column sums over a million rows of one sign, which a float alone cannot add up."""
+    x, dy = torch.randn(1_000_000, 2), torch.full((1_000_000, 2), 1.1)
+    weight = torch.ones(2)
+    _, mean, rstd = OPS.layer_norm_fwd(x, weight, weight, 1, 1e-5)
+    dbias = OPS.layer_norm_bwd(dy, x, mean, rstd, weight, weight, 1, True, None)[2]
+    assert_close(dbias.double(), dy.double().sum(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [0, 700, 5000, 20_001])
+def test_signalling_nan(dtype, place):
+    """It is counted, and hides neither zeros nor the largest magnitude, wherever it is."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    gradient = torch.ones(20_003, dtype=dtype)
+    gradient[::7] = 0
+    infinite = torch.tensor(float("inf"), dtype=dtype).view(bits)
+    gradient.view(bits)[place] = infinite + 1
+    record = measured(gradient)
+    zeros = (gradient == 0).sum().item()
+    assert (record.nonfinite_count, record.zero_count, record.abs_max) == (1, zeros, 1.0)
+    assert record.norm == pytest.approx((20_003 - zeros - 1) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_that_change(dtype):
+    """Blocks of ordinary, tiny, huge and not finite elements after one another."""
+    parts = [torch.randn(9000) * scale for scale in (1.0, 1e-30, 1e25, 1e-3)]
+    parts[2][17] = float("nan")
+    gradient = torch.cat(parts).to(dtype)
+    finite = gradient.double()[gradient.isfinite()]
+    record = measured(gradient)
+    assert record.nonfinite_count == 1
+    assert record.norm == pytest.approx(finite.norm().item(), rel=1e-5)
+    assert record.abs_max == finite.abs().max().item()
+    assert measured(gradient[9000:18_000]).norm == pytest.approx(parts[1].to(dtype).double().norm().item(), rel=1e-5)
