@@ -194,7 +194,7 @@ class AddLayerNorm:
     def run(self, tensors: dict, stats: torch.Tensor | None) -> dict:
         x, residual, dy, dnew_residual, weight, bias = tensors.values()
         y, h, mean, rstd = OPS.add_layer_norm_fwd(x, residual, weight, bias, self.num_dims, self.eps)
-        last = (weight, bias, self.num_dims, NAMES[self.dtype], self.columns, stats)
+        last = (weight, bias, self.num_dims, NAMES[self.dtype], self.dtype != self.residual_dtype, self.columns, stats)
         gradients = OPS.add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last)
         names = ("y", "new_residual", "mean", "rstd", "dx", "dx_narrow", "dweight", "dbias")
         return dict(zip(names, (y, h, mean, rstd, *gradients), strict=True))
