@@ -32,8 +32,9 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 Isa cpu_isa();
 
 // One cell of a statistics table: the columns of gradkernels/telemetry.py, FIELDS, in that order. The square sum is
-// kept in three parts so that it neither underflows nor overflows for float64 (Blue 1978): elements below 2^-480 are
-// squared after a multiplication by 2^537, those above 2^480 after one by 2^-537. Other dtypes use the middle alone.
+// kept in three parts so that it neither underflows nor overflows for float64 (Blue 1978): the tiny part is of
+// elements below 2^-480, times 2^537 before they are squared; the huge part of elements above 2^480 and of those in the same
+// block, times 2^-537. Other dtypes use the middle alone.
 struct Cell {
   double numel = 0, observation_count = 0, square_sum = 0, square_sum_tiny = 0, square_sum_huge = 0, abs_max = 0,
          nonfinite_count = 0, zero_count = 0;

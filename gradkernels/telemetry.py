@@ -22,7 +22,7 @@ FIELDS = (
     "observation_count",  # backward calls that added to the row
     "square_sum",  # sum of squares of the finite elements, less what the next two hold
     "square_sum_tiny",  # float64 tensors: sum of (2^537 v)^2 over elements below 2^-480 whose squares would underflow
-    "square_sum_huge",  # float64 tensors: sum of (2^-537 v)^2 over elements above 2^480 whose squares would overflow
+    "square_sum_huge",  # float64 tensors: sum of (2^-537 v)^2 over blocks with elements above 2^480
     "abs_max",  # largest magnitude among the finite elements; merges by max, every other field by +
     "nonfinite_count",  # elements that are NaN or infinite
     "zero_count",  # elements that are exactly zero

@@ -83,6 +83,13 @@ inline void check_stats(const char* op, const OptionalTensor& stats, int64_t por
   if (stats) check_stats(op, *stats, ports);
 }
 
+// A table of any number of rows, and one of them.
+inline void check_row(const char* op, const Tensor& stats, int64_t port) {
+  check_stats(op, stats, stats.dim() ? stats.size(0) : 0);
+  TORCH_CHECK_VALUE(0 <= port && port < stats.size(0), op, ": port must be a row of stats, 0 to ", stats.size(0) - 1, ", got ",
+                    port);
+}
+
 // A table of time steps: the first row is about all of them.
 inline void check_time_stats(const char* op, const Tensor& time_stats) {
   constexpr int64_t FIELDS = 12;  // gradkernels/telemetry.py, TIME_FIELDS

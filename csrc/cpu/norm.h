@@ -16,7 +16,7 @@ struct NormBackward {
   const TX *x, *dresidual;  // dresidual: null where no gradient arrives beside dy
   const Acc<TX>*weight, *mean, *rstd;
   TX* dx;
-  TY* dx_narrow;  // dx again in dy's dtype; null where one is enough
+  TY* dx_again;  // dx in memory of its own and in dy's dtype; null where one is enough
   int64_t N;
 };
 
@@ -88,7 +88,7 @@ template <typename TX>
 class ColumnSums {
  public:
   ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t programs, bool wanted)
-      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), programs_(programs) {
+      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), programs_(programs), wanted_(wanted) {
     if (!wanted || !(weight || bias)) return;
     recent_.resize(2 * programs * padded_);
     if (M > ROWS_OF_A_SUM) total_.resize(2 * programs * N);
@@ -111,7 +111,7 @@ class ColumnSums {
 
   Tensor finish_one(const OptionalTensor& parameter, int64_t which, const OptionalTensor& stats, int64_t port,
                     const Tensor& x) {
-    if (recent_.empty() || !parameter) return at::empty({0}, x.options());
+    if (!wanted_ || !parameter) return at::empty({0}, x.options());
     Tensor gradient = at::empty(parameter->sizes(), parameter->options());
     GK_DISPATCH(gradient.scalar_type(), "norm", [&] {
       auto* to = gradient.template mutable_data_ptr<scalar_t>();
@@ -130,6 +130,7 @@ class ColumnSums {
 
   const OptionalTensor &weight_, &bias_;
   int64_t N_, padded_, programs_;
+  bool wanted_;
   std::vector<A> recent_;  // of each program: dweight, dbias
   std::vector<double> total_;
 };

@@ -166,7 +166,7 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first
   const TY* dy_ptr = p.dy + offset;
   const TX *x_ptr = p.x + offset, *dresidual_ptr = RESIDUAL ? p.dresidual + offset : nullptr;
   TX* dx_ptr = p.dx + offset;
-  TY* dx_narrow_ptr = p.dx_narrow ? p.dx_narrow + offset : nullptr;
+  TY* dx_again_ptr = p.dx_again ? p.dx_again + offset : nullptr;
   Vec<A> mean[R], rstd[R], mean_g[R], mean_gx[R];
   for (int r = 0; r < R; ++r) {
     mean[r] = broadcast<A>(p.mean[first_row + r]);
@@ -185,7 +185,7 @@ static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first
         dx += access.load(dresidual_ptr + at);
         if (MODE != OFF) sums_dresidual.template add<MODE>(access, dresidual_ptr + at, sums.scale_dresidual);
       }
-      if (dx_narrow_ptr) access.store(dx_narrow_ptr + at, dx);
+      if (dx_again_ptr) access.store(dx_again_ptr + at, dx);
       access.store(dx_ptr + at, dx);
       if (MODE != OFF) sums_dx.template add<MODE>(access, dx_ptr + at, sums.scale_dx);
     }
@@ -224,7 +224,8 @@ static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t
   const int64_t additions = N / STEP<TX> + (N % STEP<TX> ? 2 : 0);  // to a lane, of one row
   // Rows of a few vectors, and those too long for one sum in float, are measured behind the loop.
   const bool in_loop = N >= 2 * STEP<TX> && ROWS * additions <= 512;
-  const int64_t rows = std::max(ROWS, (in_loop ? 256 / additions : FOLD / std::max<int64_t>(1, N)) / ROWS * ROWS);
+  const int64_t most = in_loop ? 256 / additions : std::min(ROWS_OF_A_SUM, FOLD / std::max<int64_t>(1, N));
+  const int64_t rows = std::max(ROWS, most / ROWS * ROWS);
   static constexpr decltype(&norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, OFF>) blocks[] = {
       norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, OFF>, norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, FAST>,
       norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, FINITE>, norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, SCALED>};

@@ -33,9 +33,7 @@ void measure(const Tensor& gradient_any, const Tensor& stats, int64_t port) {
 
 void probe_bwd(const Tensor& dy, Tensor& stats, int64_t port) {
   check_floating("probe_bwd", "dy", dy.scalar_type());
-  check_stats("probe_bwd", stats, stats.dim() ? stats.size(0) : 0);  // as many as it has
-  TORCH_CHECK_VALUE(0 <= port && port < stats.size(0), "probe_bwd: port must be a row of stats, 0 to ", stats.size(0) - 1,
-                    ", got ", port);
+  check_row("probe_bwd", stats, port);
   measure(dy, stats, port);
 }
 

@@ -4,7 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/Resize.h>
 
-#include "../common.h"
+#include "checks.h"
 
 namespace gk {
 
@@ -19,17 +19,8 @@ static void check_cells(const char* op, const Tensor& stats) {
                     stats.sizes());
 }
 
-static void check_steps(const char* op, const Tensor& time_stats) {
-  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) > NORMS &&
-                        time_stats.is_contiguous() && time_stats.scalar_type() == at::kDouble,
-                    op, ": time_stats must be a contiguous float64 table, got ", time_stats.scalar_type(), " of shape ",
-                    time_stats.sizes());
-}
-
 void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
-  check_cells("add_row", stats);
-  TORCH_CHECK_VALUE(stats.dim() == 3 && 0 <= port && port < stats.size(0) && stats.size(1) > 0,
-                    "add_row: stats must have a cell at port ", port, ", got shape ", stats.sizes());
+  check_row("add_row", stats, port);
   TORCH_CHECK_VALUE(row_any.dim() == 1 && row_any.size(0) == stats.size(2), "add_row: row must have shape (8,), got ",
                     row_any.sizes());
   const Tensor row = row_any.contiguous();
@@ -70,7 +61,7 @@ void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) 
 }
 
 static void add_steps_op(const Tensor& rows_any, Tensor& time_stats) {
-  check_steps("add_steps", time_stats);
+  check_time_stats("add_steps", time_stats);
   TORCH_CHECK_VALUE(rows_any.dim() == 2 && rows_any.size(1) == time_stats.size(1),
                     "add_steps: rows must have as many columns as time_stats, got ", rows_any.sizes());
   const Tensor rows = rows_any.contiguous();
@@ -90,13 +81,13 @@ static void grow(const Tensor& time_stats, int64_t num_steps) {
 }
 
 void make_room(Tensor& time_stats, int64_t num_steps) {
-  check_steps("make_room", time_stats);
+  check_time_stats("make_room", time_stats);
   const std::lock_guard<std::mutex> lock(tables_mutex);
   grow(time_stats, num_steps);
 }
 
 Tensor take_steps(Tensor& time_stats) {
-  check_steps("take_steps", time_stats);
+  check_time_stats("take_steps", time_stats);
   const std::lock_guard<std::mutex> lock(tables_mutex);
   // Its size is known under the lock alone, under which nothing is dispatched.
   const Tensor result = at::detail::empty_cpu(time_stats.sizes(), at::kDouble);

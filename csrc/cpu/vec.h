@@ -264,14 +264,11 @@ static GK_INLINE V higher(V a, V b) {
   return a > b ? a : b;
 }
 
-// The bits of a magnitude: all but the sign.
-template <typename A>
-static GK_INLINE typename Lanes<A>::integer magnitude_bits() {
-  return typename Lanes<A>::integer{} + (std::conditional_t<sizeof(A) == 4, int32_t, int64_t>)(~0ull >> (65 - 8 * sizeof(A)));
-}
 template <typename A>
 static GK_INLINE Vec<A> magnitude(Vec<A> v) {
-  return (Vec<A>)((typename Lanes<A>::integer)v & magnitude_bits<A>());
+  typedef typename Lanes<A>::integer Integer;
+  const Integer sign = Integer{} + (std::conditional_t<sizeof(A) == 4, int32_t, int64_t>)(1ull << (8 * sizeof(A) - 1));
+  return (Vec<A>)((Integer)v & ~sign);
 }
 
 // Lanes of integer vectors as counters and as magnitudes: the bits of a float without its sign, which order as it does.
