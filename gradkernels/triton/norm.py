@@ -189,6 +189,8 @@ def norm_bwd_kernel(
     weight = load_weight(weight_ptr, cols, N, dtype)
     dweight, dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype), tl.zeros([BLOCK_M, BLOCK_N], dtype)
     LANES: tl.constexpr = lanes_of((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
+    # Of two orders that form the same numbers, the one in which 128 registers are enough on every GPU.
+    DY_FIRST: tl.constexpr = False if dx_ptr is None else dx_ptr.dtype == dh_ptr.dtype
     dy_row, dnew_residual_row, dh_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
     for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -210,8 +212,10 @@ def norm_bwd_kernel(
         if DBIAS:
             dbias += dy
         if stats_ptr is not None:
+            if dy_ptr is not None and DY_FIRST:
+                dy_row = observe(dy_row, dy, LANES)
             dh_row = observe(dh_row, dh, LANES)
-            if dy_ptr is not None:
+            if dy_ptr is not None and not DY_FIRST:
                 dy_row = observe(dy_row, dy, LANES)
     column, last = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N) < N
     if DWEIGHT:
