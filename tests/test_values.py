@@ -21,16 +21,18 @@ def measured(gradient):
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_gelu_of_infinities(dtype, approximate):
-    """PyTorch's answers, forward and backward, at places of a vector and of a row's end."""
+    """PyTorch's float64 answers, forward and backward, at places of a vector and of a row's end.
+
+    In float32 and bfloat16 F.gelu makes infinity of a single +infinity, and NaN of one among several elements.
+    """
     x = torch.zeros(37, dtype=dtype)
     x[0], x[5], x[33], x[36], x[9] = (float(v) for v in ("inf", "-inf", "inf", "-inf", "nan"))
     found = []
-    for gelu in (lambda x: gk.gelu(x, approximate), lambda x: F.gelu(x, approximate=approximate)):
-        leaf = x.clone().requires_grad_()
-        y = gelu(leaf)
+    for gelu, leaf in ((gk.gelu, x.clone()), (F.gelu, x.double())):
+        y = gelu(leaf.requires_grad_(), approximate=approximate)
         found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
-    for ours, eager in zip(*found, strict=True):
-        assert_close(ours, eager, equal_nan=True)
+    for ours, exact in zip(*found, strict=True):
+        assert_close(ours, exact.to(x.dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [1e152, 1e300, 1e-152, 1e-300])

@@ -38,10 +38,8 @@ namespace gk::GK_ISA {
 
 #include "measure.h"
 
-// Where x is not finite the answers are PyTorch's: NaN for the slope and for y at -infinity; y at +infinity is infinity, but
-// NaN in the exact form of float32 and bfloat16, which PyTorch leaves to oneDNN.
-template <typename T, bool TANH>
-constexpr bool INFINITY_STAYS = TANH || std::is_same_v<T, c10::Half>;
+// Where x is not finite the answers are those of the formula as it is written, in every dtype: y is infinity at +infinity and NaN
+// at -infinity, the slope is NaN at both.
 
 #if GK_VECTOR_BYTES == 64
 // Where one instruction looks up 32 entries, y and the slope come from tables: see make_gelu_tables.py. bfloat16 takes the
@@ -63,10 +61,9 @@ static GK_INLINE F table(F bounded, F magnitude_of_x, const float (&coefficients
 
 template <typename T, bool TANH>
 static GK_INLINE F gelu_value(F x) {
-  const F size = magnitude<float>(x), bounded = lower(size, F{} + 7.8f), at = INFINITY_STAYS<T, TANH> ? bounded : size;
-  const F r = std::is_same_v<T, c10::BFloat16> ? table(bounded, at, TANH ? GELU_TANH_R3 : GELU_EXACT_R3)
-                                               : table(bounded, at, TANH ? GELU_TANH_R5 : GELU_EXACT_R5);
-  if (!INFINITY_STAYS<T, TANH>) return higher(F{}, x) - r;  // NaN stays NaN
+  const F size = magnitude<float>(x), bounded = lower(size, F{} + 7.8f);
+  const F r = std::is_same_v<T, c10::BFloat16> ? table(bounded, bounded, TANH ? GELU_TANH_R3 : GELU_EXACT_R3)
+                                               : table(bounded, bounded, TANH ? GELU_TANH_R5 : GELU_EXACT_R5);
   const F step = (F)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, __m512{}, _CMP_GT_OQ), (__m512)(F{} + 1.0f));
   return x * step - r;  // 0 times -infinity is NaN
 }
@@ -123,9 +120,7 @@ static GK_INLINE Gelu gelu_tanh(F x) {
 
 template <typename T, bool TANH>
 static GK_INLINE F gelu_value(F x) {
-  if (TANH) return gelu_tanh(x).value;
-  const F y = gelu_exact(x).value;
-  return INFINITY_STAYS<T, TANH> ? y : y + x * 0.0f;
+  return (TANH ? gelu_tanh(x) : gelu_exact(x)).value;
 }
 template <typename T, bool TANH>
 static GK_INLINE F gelu_slope(F x) {

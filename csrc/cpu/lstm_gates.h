@@ -39,7 +39,7 @@ static GK_INLINE void store_first(double* p, Vec<double> v, int64_t count) {
 #endif
 }
 
-// e^v for |v| <= 708, within 2 units in the last place (Moshier, Cephes exp).
+// e^v for |v| <= 708, within 2 units in the last place (Moshier, Cephes exp). Of a NaN it may make a number, as its float twin.
 static GK_INLINE Vec<double> exponential(Vec<double> v) {
   typedef uint64_t Bits __attribute__((vector_size(GK_VECTOR_BYTES)));
   const Vec<double> shifted = v * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52: see the float twin
@@ -67,11 +67,11 @@ static GK_INLINE Vec<A> reciprocal(Vec<A> v) {
   return A(1) / v;
 }
 
-// 1 / (1 + e^-v); NaN stays NaN.
+// 1 / (1 + e^-v); NaN stays NaN, by the last term.
 template <typename A>
 static GK_INLINE Vec<A> logistic(Vec<A> v) {
-  const Vec<A> limit = broadcast<A>(EXPONENT_LIMIT<A>);
-  return reciprocal<A>(A(1) + exponential(-lower(limit, higher(-limit, v))));
+  const Vec<A> limit = broadcast<A>(EXPONENT_LIMIT<A>), bounded = lower(limit, higher(-limit, v));
+  return reciprocal<A>(A(1) + exponential(-bounded)) + bounded * A(0);
 }
 
 // tanh v: around zero a series (Moshier, Cephes tanh), elsewhere 1 - 2 / (e^2|v| + 1), which is 1 where the power overflows.

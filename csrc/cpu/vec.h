@@ -370,7 +370,8 @@ static GK_INLINE A max(Vec<A> v) {
   return result;
 }
 // e^v for v in [-87.33, 88.3], within 1.5 units in the last place; powers below the smallest normal float are not reached.
-// Range reduction to |r| <= ln(2)/2, then a polynomial (Moshier, Cephes expf) and the exponent added as an integer.
+// Range reduction to |r| <= ln(2)/2, then a polynomial (Moshier, Cephes expf) and the exponent added as an integer; which makes
+// a number of a NaN whose low bits are not zero.
 static GK_INLINE F exponential(F v) {
   const F shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to v / ln 2 in the low bits
   const F n = shifted - 12582912.0f;
