@@ -1,5 +1,7 @@
 """Numbers at the edges: infinities, rows shorter than a vector or longer than a float can sum, what float64 can hold."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,15 @@ def test_norm_of_float64(value):
     """Finite for finite gradients of several blocks, whose squares leave float64's range."""
     count = 40_000
     assert measured(torch.full((count,), value, dtype=torch.float64)).norm == pytest.approx(value * count**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("last", [1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("before", [1e-300, 1e-140, 1e140, 1e300])
+def test_norm_of_float64_that_changes(before, last):
+    """Blocks that are measured in the scale of the block before, which is far from their own."""
+    values = (math.inf, before, last)
+    finite = math.hypot(before, last) * 9000**0.5
+    assert measured(torch.cat([torch.full((9000,), v, dtype=torch.float64) for v in values])).norm == pytest.approx(finite)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

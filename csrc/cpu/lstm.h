@@ -65,9 +65,22 @@ struct LstmForward {
   A *packed_hh, *packed_hr, *m;              // scratch: the weights as the loops read them; o tanh(c) of one step
 };
 
+// A sum of squares: of tiny elements times 2^537, of huge ones times 2^-537, and of the others, so that no square leaves float64.
+struct SquareSum {
+  double ordinary = 0, tiny = 0, huge = 0;
+
+  void operator+=(const SquareSum& other) {
+    ordinary += other.ordinary;
+    tiny += other.tiny;
+    huge += other.huge;
+  }
+  double norm() const { return std::hypot(std::sqrt(ordinary), std::sqrt(tiny) * 0x1p-537, std::sqrt(huge) * 0x1p537); }
+};
+
 // The sums of one time step of one thread, over its units.
 struct StepSums {
-  double dh = 0, dc = 0, dh_recurrent = 0, counts[7] = {}, forget = 0;
+  SquareSum dh, dc, dh_recurrent;
+  double counts[7] = {}, forget = 0;
 };
 
 template <typename A>

@@ -49,13 +49,15 @@ static A largest_incoming(const LstmBackward<A>& p, int64_t t, int64_t live) {
   return largest_of(p.dc + live * p.H, joined * p.H, largest);
 }
 
-// Sums of squares in float64: no float32 is too small or too large for them. Two sums, for one alone would wait for itself.
+// Sums of squares in float64. No float32 is too small or too large for it; of float64 there are three, see SquareSum.
 template <typename A>
-struct Squares {
-  Vec<double> even{}, odd{};
+struct Squares;
+template <>
+struct Squares<float> {
+  Vec<double> even{}, odd{};  // two sums, for one alone would wait for itself
 
-  GK_INLINE void add_row(const A* values, int64_t count) {
-    typedef A Half __attribute__((vector_size(sizeof(A) * WIDTH<double>)));
+  GK_INLINE void add_row(const float* values, int64_t count) {
+    typedef float Half __attribute__((vector_size(sizeof(float) * WIDTH<double>)));
     int64_t j = 0;
     for (; j + 2 * WIDTH<double> <= count; j += 2 * WIDTH<double>) {
       Half halves[2];
@@ -67,7 +69,23 @@ struct Squares {
     }
     for (; j < count; ++j) even[0] += static_cast<double>(values[j]) * static_cast<double>(values[j]);
   }
-  GK_INLINE double total() const { return sum<double>(even + odd); }
+  GK_INLINE SquareSum total() const { return {sum<double>(even + odd)}; }
+};
+template <>
+struct Squares<double> {
+  Vec<double> ordinary{}, tiny{}, huge{};
+
+  GK_INLINE void add_row(const double* values, int64_t count) {
+    for (int64_t j = 0; j < count; j += WIDTH<double>) {
+      const Vec<double> v = load_first(values + j, count - j), size = magnitude<double>(v), zero{};
+      const Vec<double> up = size < 0x1p-480 ? v * 0x1p537 : zero, down = size > 0x1p480 ? v * 0x1p-537 : zero;
+      const Vec<double> rest = size < 0x1p-480 ? zero : size > 0x1p480 ? zero : v;  // NaN among them
+      ordinary += rest * rest;
+      tiny += up * up;
+      huge += down * down;
+    }
+  }
+  GK_INLINE SquareSum total() const { return {sum<double>(ordinary), sum<double>(tiny), sum<double>(huge)}; }
 };
 
 // What one thread measures of one step, a row at a time, after the row has been computed and while it is in the first-level

@@ -115,10 +115,10 @@ static Tensor previous_rows(const Steps& steps, const Tensor& rows, const Tensor
   return result;
 }
 
-// The norm whose square, times 2^(2 exponent), is sum_of_squares. What is common is quick: no scale.
-static double unscaled_norm(double sum_of_squares, int64_t exponent) {
-  const double root = std::sqrt(sum_of_squares);
-  return exponent ? std::ldexp(root, static_cast<int>(-exponent)) : root;
+// The norm of what was summed times 2^exponent. What is common is quick: no scale.
+static double unscaled_norm(const SquareSum& squares, int64_t exponent) {
+  const double norm = squares.norm();
+  return exponent ? std::ldexp(norm, static_cast<int>(-exponent)) : norm;
 }
 
 // Adds one backward call to `time_stats`.

@@ -196,16 +196,16 @@ class Measure {
     mode_ = exponent_ == 0 ? FINITE : SCALED;
   }
 
-  // Adds the sum of the squares of elements times 2^exponent_: see Cell.
+  // Adds the sum of the squares of elements times 2^exponent_ to the part of the Cell that holds its size.
   void add_square_sum(double squares) {
-    if (exponent_ == 0) {
-      cell_->square_sum += squares;
-    } else if (!DOUBLE || std::abs(exponent_) <= 480) {
-      cell_->square_sum += std::ldexp(squares, -2 * exponent_);
-    } else if (exponent_ > 0) {
-      cell_->square_sum_tiny += std::ldexp(squares, 1074 - 2 * exponent_);
+    constexpr int ORDINARY = 960, SCALE = 1074;
+    const int power = squares == 0 ? 0 : std::ilogb(squares) - 2 * exponent_;
+    if (power < -ORDINARY) {
+      cell_->square_sum_tiny += std::ldexp(squares, SCALE - 2 * exponent_);
+    } else if (power > ORDINARY) {
+      cell_->square_sum_huge += std::ldexp(squares, -SCALE - 2 * exponent_);
     } else {
-      cell_->square_sum_huge += std::ldexp(squares, -1074 - 2 * exponent_);
+      cell_->square_sum += std::ldexp(squares, -2 * exponent_);
     }
   }
   // The squares of a block whose magnitudes no one scale suits.

@@ -23,8 +23,11 @@ class Near:
     dtype: torch.dtype
 
     def near(self, value: torch.Tensor, error: torch.Tensor) -> Near:
-        """Others, after one more rounding. What is NaN or infinite is compared without an error."""
-        rounded = rounding(self.dtype) * value.abs() + floor(self.dtype)
+        """Others, after one more operation. What is NaN or infinite is compared without an error.
+
+        Below the normal numbers a product of three factors rounds by a floor twice, and the truth itself in float64 too.
+        """
+        rounded = rounding(self.dtype) * value.abs() + 4 * floor(self.dtype)
         return Near(value, (error + rounded).nan_to_num(0.0, 0.0, 0.0), self.dtype)
 
     def __add__(self, other: Near) -> Near:
@@ -35,7 +38,8 @@ class Near:
 
     def times(self, factor: torch.Tensor, factor_error: torch.Tensor | float = 0.0) -> Near:
         """Elementwise products with a factor that takes two roundings, and is off by factor_error besides."""
-        error = self.error * factor.abs() + self.value.abs() * (factor_error + 2 * rounding(self.dtype) * factor.abs())
+        off = factor_error + 2 * rounding(self.dtype) * factor.abs() + 2 * floor(self.dtype)
+        error = self.error * factor.abs() + self.value.abs() * off
         return self.near(self.value * factor, error)
 
     def matmul(self, matrix: torch.Tensor) -> Near:
