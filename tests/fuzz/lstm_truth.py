@@ -42,10 +42,10 @@ class Near:
         error = self.error * factor.abs() + self.value.abs() * off
         return self.near(self.value * factor, error)
 
-    def matmul(self, matrix: torch.Tensor) -> Near:
-        """The matrix product."""
-        size = self.value.nan_to_num(0.0, 0.0, 0.0).abs() @ matrix.nan_to_num(0.0, 0.0, 0.0).abs()
-        error = self.error @ matrix.nan_to_num(0.0, 0.0, 0.0).abs()
+    def matmul(self, matrix: torch.Tensor, matrix_error: float = 0.0) -> Near:
+        """The matrix product. Each element of the matrix may be off by matrix_error."""
+        value, factor = (t.nan_to_num(0.0, 0.0, 0.0).abs() for t in (self.value, matrix))
+        size, error = value @ factor, self.error @ factor + matrix_error * value.sum(1, keepdim=True)
         count = matrix.shape[0]
         return self.near(self.value @ matrix, error + sum_error(self.dtype, count) * size + count * floor(self.dtype))
 
@@ -138,7 +138,8 @@ def walk_back(p: Inputs) -> tuple[dict[str, Near], list[Step]]:
     }
     if p.weight_hr is not None:
         H = p.cells.shape[1]
-        found["dweight_hr"] = joined(*(step.dh for step in steps)).mT.matmul(p.gates[:, 3 * H :] * p.cells.tanh())
+        projected = p.gates[:, 3 * H :] * p.cells.tanh()
+        found["dweight_hr"] = joined(*(step.dh for step in steps)).mT.matmul(projected, 2 * floor(p.dtype))
     return found, steps
 
 
