@@ -39,7 +39,7 @@ def check_within(
     where = torch.as_tensor(where).broadcast_to(ours.shape)
     allowed = error + info.eps * exact.abs() + info.smallest_normal * info.eps
     right = (stored - exact).abs() <= allowed
-    right |= (exact.abs() + allowed >= info.max) & stored.isinf() & (stored.sign() == exact.sign())
+    right |= stored.isinf() & (exact * stored.sign() + allowed >= info.max)
     right = torch.where(exact.isfinite(), right, ~stored.isfinite())
     wrong = ~right & where
     assert not wrong.any(), describe(name, wrong, ours=stored, exact=exact, allowed=allowed)
