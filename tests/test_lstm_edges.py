@@ -251,3 +251,21 @@ def test_batch_sizes_changed_before_the_backward(way, change):
     change(batch_sizes)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("size", [1, 3, 33])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001], ids=hex)
+def test_nan_stays_nan(bits, size):
+    """Whatever a NaN holds in its low bits: it reaches every gate, output, state, and gradient that depends on it."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    x, state, w_ih, w_hh = torch.ones(2, 1, 1), torch.ones(1, size), torch.ones(4 * size, 1), torch.full((4 * size, size), 0.5)
+    leaves = [t.requires_grad_() for t in (x, torch.cat([nan, torch.ones(size - 1)])[None], state, w_ih, w_hh)]
+    outputs = gk.lstm_layer(*leaves)
+    assert all(y.isnan().all() for y in outputs)
+    assert all(d.isnan().all() for d in torch.autograd.grad(outputs[0].sum(), leaves[:3]))
+    h_next, c_next = gk.lstm_cell(x[0], *leaves[1:])
+    assert h_next.isnan().all()
+    assert c_next.isnan().all()
+    x, *others = (t.detach() for t in leaves)
+    assert torch.ops.gradkernels.lstm_layer_fwd(x, *others, None, None, None, None, False)[3].isnan().all()
+    assert torch.ops.gradkernels.lstm_cell_fwd(x[0], *others, None, None)[2].isnan().all()

@@ -3,6 +3,8 @@
 test_fallback.py runs this file without the extension, test_triton.py what is quick enough on the Triton kernels.
 """
 
+import gc
+import weakref
 from itertools import combinations
 
 import pytest
@@ -109,6 +111,28 @@ def test_a_hook_that_zeroes_one_gradient_leaves_the_others(op):
             expected = [leaf.grad for leaf in leaves]
         for k, (leaf, d) in enumerate(zip(leaves, expected, strict=True)):
             torch.testing.assert_close(leaf.grad, torch.zeros_like(d) if k == zeroed else d, rtol=0, atol=0)
+
+
+class Hook:
+    """A hook that can be referred to weakly."""
+
+    def __call__(self, d):
+        return None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_graph_that_is_dropped_is_freed(op):
+    """No node holds its own output, which holds the node: not even where an output is saved for the backward."""
+    case, hook = make_case(op, 3, 5), Hook()
+    before = [t.clone().requires_grad_() for t in case.inputs]
+    between = [t.clone() for t in before]
+    for t in between:
+        t.register_hook(hook)
+    outputs, alive = case.function(*between), weakref.ref(hook)
+    assert tuple_of(outputs)[0].requires_grad
+    del hook, between, outputs, t
+    gc.collect()
+    assert alive() is None
 
 
 def test_gradients_of_a_stack_have_memory_of_their_own():

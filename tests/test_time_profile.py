@@ -132,7 +132,7 @@ def test_conclusions():
     decay = [10.0**-lag for lag in range(8)]
     for profile in (profile_from(decay[::-1]), profile_from(decay, "_l2_reverse")):
         assert profile.reach() == 4  # 1e-3 itself is not below
-        assert profile.floor_ratio() == pytest.approx(1e-7)
+        assert profile.floor_ratio() == pytest.approx(1e-7, abs=0)
         assert profile.slope() == pytest.approx(-1)
     assert (profile.layer, profile.direction) == (2, "reverse")
     assert profile_from([1.0] * 5).reach() == 5

@@ -41,7 +41,18 @@ def test_gelu_of_infinities(dtype, approximate):
 def test_norm_of_float64(value):
     """Finite for finite gradients of several blocks, whose squares leave float64's range."""
     count = 40_000
-    assert measured(torch.full((count,), value, dtype=torch.float64)).norm == pytest.approx(value * count**0.5, rel=1e-12)
+    assert measured(torch.full((count,), value, dtype=torch.float64)).norm == pytest.approx(
+        value * count**0.5, rel=1e-12, abs=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_of_many_beside_a_larger_one(dtype):
+    """Squares that together count, and of which none is a normal number of what they are summed in."""
+    one, others = (2.0**-62, 2.0**-75) if dtype is torch.float32 else (2.0**-490, 2.0**-536)
+    values = torch.full((9000,), others, dtype=dtype)
+    values[::512] = one
+    assert measured(values).norm == pytest.approx(torch.linalg.vector_norm(values.double() / one).item() * one, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("last", [1e-200, 1.0, 1e200])
@@ -50,7 +61,9 @@ def test_norm_of_float64_that_changes(before, last):
     """Blocks that are measured in the scale of the block before, which is far from their own."""
     values = (math.inf, before, last)
     finite = math.hypot(before, last) * 9000**0.5
-    assert measured(torch.cat([torch.full((9000,), v, dtype=torch.float64) for v in values])).norm == pytest.approx(finite)
+    assert measured(torch.cat([torch.full((9000,), v, dtype=torch.float64) for v in values])).norm == pytest.approx(
+        finite, rel=1e-12, abs=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,7 +117,7 @@ def test_signalling_nan(dtype, place):
     record = measured(gradient)
     zeros = (gradient == 0).sum().item()
     assert (record.nonfinite_count, record.zero_count, record.abs_max) == (1, zeros, 1.0)
-    assert record.norm == pytest.approx((20_003 - zeros - 1) ** 0.5, rel=1e-5)
+    assert record.norm == pytest.approx((20_003 - zeros - 1) ** 0.5, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,6 +129,6 @@ def test_magnitudes_that_change(dtype):
     finite = gradient.double()[gradient.isfinite()]
     record = measured(gradient)
     assert record.nonfinite_count == 1
-    assert record.norm == pytest.approx(finite.norm().item(), rel=1e-5)
+    assert record.norm == pytest.approx(finite.norm().item(), rel=1e-5, abs=0)
     assert record.abs_max == finite.abs().max().item()
-    assert measured(gradient[9000:18_000]).norm == pytest.approx(parts[1].to(dtype).double().norm().item(), rel=1e-5)
+    assert measured(gradient[9000:18_000]).norm == pytest.approx(parts[1].to(dtype).double().norm().item(), rel=1e-5, abs=0)
