@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
 from benchmarks import harness
 
-MODULES = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "step")
+MODULES = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "row_lengths", "values", "step")
+BASES = {"ratio_to_eager": "eager", "ratio_to_normal_values": "normal values"}
 
 
 def show(line: dict) -> None:
@@ -18,8 +21,9 @@ def show(line: dict) -> None:
     if "failed" in line:
         print(f"{what}FAILED: {line['failed']}", flush=True)
         return
-    ratio = line["ratio_to_eager"]
-    text = f"{what}x eager {ratio['median']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f})"
+    base = next(key for key in BASES if key in line)
+    ratio = line[base]
+    text = f"{what}x {BASES[base]} {ratio['median']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f})"
     if "ratio_to_telemetry_off" in line:
         text += f"  on / off {line['ratio_to_telemetry_off']['median']:.3f}"
     print(text, flush=True)
@@ -36,7 +40,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     lines, ops = [], set()
     for name in arguments.ops or MODULES:
-        for line in import_module(f"benchmarks.bench_{name}").lines() if name == "step" else _lines(name):
+        for line in lines_of(import_module(f"benchmarks.bench_{name}")):
             show(line)
             lines.append(line)
             ops.add(line["op"])
@@ -44,8 +48,9 @@ def main() -> int:
     return int(any("failed" in line for line in lines))
 
 
-def _lines(name: str) -> list[dict]:
-    return (line for case in import_module(f"benchmarks.bench_{name}").cases() for line in harness.measure(case))
+def lines_of(module: ModuleType) -> Iterator[dict]:
+    """The result lines of a module: its own, or those of its cases."""
+    return module.lines() if hasattr(module, "lines") else (line for case in module.cases() for line in harness.measure(case))
 
 
 if __name__ == "__main__":
