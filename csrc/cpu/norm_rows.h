@@ -9,6 +9,7 @@
 // TX is the dtype of x and dx, TY that of y and dy; they differ only for a float32 residual stream.
 
 constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 2 : 1;
+constexpr int64_t FAR = 1024;  // bytes of a row from which on the backward takes rows far from each other: see norm_bwd_block
 constexpr int64_t SPAN = 256 * STEP<float>;  // elements that are summed in float: 256 additions a lane
 
 // Where the vectors of a row start: pairs below `whole`, then one or two single ones.
@@ -95,8 +96,10 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
   row.for_each_vector([&](auto access, int64_t k) __attribute__((always_inline)) {
     const auto w = access.load_column(weight + k), b = access.load_column(bias + k);
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+      prefetch_pair(x + (R + r) * N + k);
       access.store(y + r * N + k, ((access.load(x + r * N + k) - centre[r]) - shift[r]) * scale[r] * w + b);
+    }
   });
 }
 
@@ -118,11 +121,11 @@ struct NormSums {
 // The sums over columns of R rows: adds to dweight, dbias and `sums`, returns the row means of g and g x_hat.
 template <typename TX, typename TY, int R, bool COLUMNS, Mode MODE>
 static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc<TX>* weight, const Vec<Acc<TX>>* mean,
-                                    const Vec<Acc<TX>>* rstd, const RowShape<TX>& row, const NormGradients<TX>& out,
-                                    NormSums<TX, TY>& sums, Vec<Acc<TX>>* mean_g, Vec<Acc<TX>>* mean_gx) {
+                                    const Vec<Acc<TX>>* rstd, const RowShape<TX>& row, int64_t apart,
+                                    const NormGradients<TX>& out, NormSums<TX, TY>& sums, Vec<Acc<TX>>* mean_g,
+                                    Vec<Acc<TX>>* mean_gx) {
   using A = Acc<TX>;
-  const int64_t N = row.N;
-  const double one_column = 1.0 / static_cast<double>(N);
+  const double one_column = 1.0 / static_cast<double>(row.N);
   RowSums<A, R> sum_g, sum_gx;
   Sums<TY> sums_dy = sums.dy;
   for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
@@ -132,8 +135,8 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
       if (COLUMNS) column_dy = access.load_column(out.dbias + k), column_dyx = access.load_column(out.dweight + k);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        const auto dy = access.load(dy_ptr + r * N + k);  // zero beyond the last column
-        const auto x_hat = (access.load(x_ptr + r * N + k) - mean[r]) * rstd[r];
+        const auto dy = access.load(dy_ptr + r * apart + k);  // zero beyond the last column
+        const auto x_hat = (access.load(x_ptr + r * apart + k) - mean[r]) * rstd[r];
         const auto g = dy * w;
         sum_g.recent[r] += g;
         sum_gx.recent[r] += g * x_hat;
@@ -141,7 +144,7 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
           column_dy += dy;
           column_dyx += dy * x_hat;
         }
-        if (MODE != OFF) sums_dy.template add<MODE>(access, dy_ptr + r * N + k, sums.scale_dy);
+        if (MODE != OFF) sums_dy.template add<MODE>(access, dy_ptr + r * apart + k, sums.scale_dy);
       }
       if (COLUMNS) {
         access.store_column(out.dbias + k, column_dy);
@@ -159,26 +162,26 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
 }
 
 template <typename TX, typename TY, int R, bool RESIDUAL, bool COLUMNS, Mode MODE>
-static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first_row, const RowShape<TX>& row,
-                                    const NormGradients<TX>& out, NormSums<TX, TY>& sums) {
+static GK_INLINE void norm_bwd_rows(const NormBackward<TX, TY>& p, int64_t first_row, int64_t rows_apart,
+                                    const RowShape<TX>& row, const NormGradients<TX>& out, NormSums<TX, TY>& sums) {
   using A = Acc<TX>;
-  const int64_t N = row.N, offset = first_row * N;
+  const int64_t offset = first_row * row.N, apart = rows_apart * row.N;
   const TY* dy_ptr = p.dy + offset;
   const TX *x_ptr = p.x + offset, *dresidual_ptr = RESIDUAL ? p.dresidual + offset : nullptr;
   TX* dx_ptr = p.dx + offset;
   TY* dx_again_ptr = p.dx_again ? p.dx_again + offset : nullptr;
   Vec<A> mean[R], rstd[R], mean_g[R], mean_gx[R];
   for (int r = 0; r < R; ++r) {
-    mean[r] = broadcast<A>(p.mean[first_row + r]);
-    rstd[r] = broadcast<A>(p.rstd[first_row + r]);
+    mean[r] = broadcast<A>(p.mean[first_row + r * rows_apart]);
+    rstd[r] = broadcast<A>(p.rstd[first_row + r * rows_apart]);
   }
-  norm_bwd_sums<TX, TY, R, COLUMNS, MODE>(dy_ptr, x_ptr, p.weight, mean, rstd, row, out, sums, mean_g, mean_gx);
+  norm_bwd_sums<TX, TY, R, COLUMNS, MODE>(dy_ptr, x_ptr, p.weight, mean, rstd, row, apart, out, sums, mean_g, mean_gx);
   Sums<TX> sums_dresidual = sums.dresidual, sums_dx = sums.dx;
   row.for_each_vector([&](auto access, int64_t k) __attribute__((always_inline)) {
     const auto w = access.load_column(p.weight + k);
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      const int64_t at = r * N + k;
+      const int64_t at = r * apart + k;
       const auto x_hat = (access.load(x_ptr + at) - mean[r]) * rstd[r];
       auto dx = ((access.load(dy_ptr + at) * w - mean_g[r]) - x_hat * mean_gx[r]) * rstd[r];
       if (RESIDUAL) {
@@ -201,17 +204,21 @@ static GK_INLINE int64_t end_of_room(int64_t N, int64_t begin, int64_t end) {
   return std::max(begin, end - (WIDTH<Acc<T>> + N - 1) / N);
 }
 
-// The rows [first, last), between two folds; those from `end_roomy` on have no room.
+// The rows [first, last), between two folds; those from `end_roomy` on have no room. Short rows are taken ROWS neighbours at a
+// time. Of longer ones each is in a part of the block of its own, whose memory is then read from one end to the other: that is
+// what a CPU fetches ahead, and it fetches less of two rows side by side.
 template <typename TX, typename TY, bool RESIDUAL, bool COLUMNS, Mode MODE>
 static void norm_bwd_block(const NormBackward<TX, TY>& p, int64_t first, int64_t last, int64_t end_roomy,
                            const NormGradients<TX>& out, NormMeasures<TX, TY>& measures) {
   const int64_t N = p.N, offset = first * N, count = (last - first) * N;
   const RowShape<TX> roomy(N, true), crowded(N, false);
   NormSums<TX, TY> sums{{}, {}, {}, measures.dy.scale(), measures.dresidual.scale(), measures.dx.scale()};
-  int64_t row = first;
-  for (; row + ROWS <= std::min(last, end_roomy); row += ROWS)
-    norm_bwd_rows<TX, TY, ROWS, RESIDUAL, COLUMNS, MODE>(p, row, roomy, out, sums);
-  for (; row < last; ++row) norm_bwd_rows<TX, TY, 1, RESIDUAL, COLUMNS, MODE>(p, row, crowded, out, sums);
+  const int64_t turns = std::max<int64_t>(0, std::min(last, end_roomy) - first) / ROWS;
+  const bool far = N * static_cast<int64_t>(sizeof(TX)) >= FAR;
+  for (int64_t turn = 0; turn < turns; ++turn)
+    norm_bwd_rows<TX, TY, ROWS, RESIDUAL, COLUMNS, MODE>(p, first + turn * (far ? 1 : ROWS), far ? turns : 1, roomy, out, sums);
+  for (int64_t row = first + ROWS * turns; row < last; ++row)
+    norm_bwd_rows<TX, TY, 1, RESIDUAL, COLUMNS, MODE>(p, row, 0, crowded, out, sums);
   if (MODE == OFF) return;
   measures.dy.fold(MODE, sums.dy, p.dy + offset, count);
   if (RESIDUAL) measures.dresidual.fold(MODE, sums.dresidual, p.dresidual + offset, count);

@@ -235,6 +235,12 @@ struct Part {
 #endif
 };
 
+// Asks for memory that a pair of vectors will be read from soon. It need not be the tensor's.
+template <typename T>
+static GK_INLINE void prefetch_pair(const T* p) {
+  for (size_t byte = 0; byte < STEP<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
 // Calls body(access, k) for every k of [begin, end) that a vector or pair of vectors of T starts at.
 template <typename T, typename Body>
 static GK_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
