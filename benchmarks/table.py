@@ -67,6 +67,32 @@ def op_rows(lines: list[dict]) -> list[str]:
     return rows
 
 
+def length_rows(lines: list[dict]) -> list[str]:
+    """One row a length of a norm's rows, with a column an op and dtype."""
+    groups = {pair: group for pair, group in ours(lines).items() if pair[0].endswith(" rows")}
+    cells = {}
+    for group in groups.values():
+        for line in group:
+            cells.setdefault(line["shape"][1], []).append(f"{median(line):.2f}")
+    heads = [f"{op.removesuffix(' rows')}, {dtype}" for op, dtype in groups]
+    rows = [f"| {N} | {' | '.join(ratios)} |" for N, ratios in sorted(cells.items())]
+    return table(f"| columns | {' | '.join(heads)} |", rows)
+
+
+def value_rows(lines: list[dict]) -> list[str]:
+    """One row an op and dtype: a column for each kind of gradient."""
+    groups = {}
+    for line in lines:
+        if "ratio_to_normal_values" in line:
+            groups.setdefault((line["op"].removesuffix(" values"), line["dtype"]), {})[line["implementation"]] = line
+    kinds = list(next(iter(groups.values()), {}))[1:]
+    rows = []
+    for (op, dtype), group in groups.items():
+        ratios = [f"{median(group[kind], 'ratio_to_normal_values'):.2f}" for kind in kinds]
+        rows.append(f"| {op} | {dtype} | {' | '.join(ratios)} |")
+    return table(f"| backward / with ordinary values | dtype | {' | '.join(kinds)} |", rows)
+
+
 def shape_rows(lines: list[dict]) -> list[str]:
     """One row a shape of the LSTM's ops, with the share of one large product's rate that eager and we reach."""
     eager = {key(line): line for line in lines if line["implementation"] == "eager"}
@@ -106,7 +132,7 @@ def summary() -> str:
     """The README's part."""
     everyone = {name: ours(lines) for name, lines in machines().items()}
     rows = []
-    for op, dtype in sorted({pair for groups in everyone.values() for pair in groups}):
+    for op, dtype in sorted({pair for groups in everyone.values() for pair in groups if not pair[0].endswith(" rows")}):
         cells = [
             f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
             for ratios in ([median(line) for line in groups.get((op, dtype), ())] for groups in everyone.values())
@@ -133,6 +159,7 @@ def details() -> str:
             "| ours / a product's rate |",
             shape_rows(lines),
         )
+        text += [*length_rows(lines), *value_rows(lines)]
         text += step_table(lines)
     return "\n".join(text).strip()
 
