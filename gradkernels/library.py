@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.export._trace import custom_triton_ops_decomposition_disabled
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 try:
     import gradkernels._C as _C
@@ -18,9 +19,11 @@ except ModuleNotFoundError:  # installed without a C++ compiler; a build that do
     _C = None
 
 NAMESPACE = "gradkernels"
+STATS = "Tensor(a!)? stats"  # in a schema: where statistics are written, or None
 VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.grad(is_grads_batched=True)
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
+TRACED: dict[torch._ops.OpOverload, Callable] = {}  # those of them that torch.compile looks into: see implement
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 NORMS_IN_FLOAT32, CELLS_IN_REGION = (  # devices on which PyTorch's own op has a rule under torch.autocast
     frozenset(device for device, key in AUTOCAST_KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
@@ -48,9 +51,14 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._op
 
     Under torch.func.vmap, and where this op itself is differentiated (an outer level of nested transforms; the node of
     the op that users call runs it below autograd), the reference runs: its operations have batching rules and derivatives.
+    An op that returns one tensor and may write statistics has a twin without them, `<op>_unmeasured`, for the graphs of
+    torch.compile: see _trace.
     """
+    name, unmeasured = schema.split("(")[0], None
+    if schema.endswith(f"{STATS}) -> Tensor"):
+        plain = schema.replace(f", {STATS}", "").replace(name, f"{name}_unmeasured", 1)
+        unmeasured = define_kernel(plain, lambda *args: reference(*args, None), lambda *args: fake(*args, None))
     op = define(schema)
-    name = schema.split("(")[0]
 
     def differentiated(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
@@ -64,7 +72,35 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._op
         LIBRARY.impl(name, reference, key)
     LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    op.py_impl(FunctionalTensorMode)(lambda mode, *args: _trace(op, unmeasured, mode, args))
     return op
+
+
+def _trace(op: torch._ops.OpOverload, unmeasured: torch._ops.OpOverload | None, mode: FunctionalTensorMode, args: tuple) -> Any:
+    """What becomes of `op` in a graph of torch.compile: the launches of a Triton kernel, or the op.
+
+    Where no statistics are written that is `unmeasured`: of an op that may write into an argument that is None, and returns
+    one tensor, Inductor makes a tuple of one and then cannot take it apart (torch 2.13). Where they are, their table is
+    marked as one that may change between a graph's forward and its backward: it does so in every backward, of any graph.
+    """
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    if op in TRACED and not custom_triton_ops_decomposition_disabled() and all(t.device.type == "cuda" for t in tensors):
+        with mode:
+            return TRACED[op](*args)
+    if unmeasured is not None and args[-1] is None:
+        return mode.__torch_dispatch__(unmeasured, (), args[:-1])
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if value is not None and argument.alias_info is not None and argument.alias_info.is_write:
+            _may_change(value)
+    return mode.__torch_dispatch__(op, (), args)
+
+
+def _may_change(table: torch.Tensor) -> None:
+    """Marks the node of a graph that is being traced for which `table` stands (a mark that torch has from 2.12 on)."""
+    tracing = get_proxy_mode()
+    slot = tracing and get_proxy_slot(torch._from_functional_tensor(table.elem), tracing.tracer, None)
+    if slot is not None:
+        slot.proxy.node.meta["saved_tensor_with_no_vc_check"] = True
 
 
 def _has_tangent(value: Any) -> bool:
@@ -86,17 +122,8 @@ def implement(name: str, kernel: Callable, watch: Callable, opaque: bool = False
         _C.implement(f"{NAMESPACE}::{name}", "CUDA", kernel, watch)
     else:
         LIBRARY.impl(name, kernel, "CUDA")
-    if opaque:
-        return
-
-    def functional(mode: FunctionalTensorMode, *args: Any) -> Any:
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if custom_triton_ops_decomposition_disabled() or any(tensor.device.type != "cuda" for tensor in tensors):
-            return mode.__torch_dispatch__(op, (), args)
-        with mode:
-            return kernel(*args)
-
-    op.py_impl(FunctionalTensorMode)(functional)
+    if not opaque:
+        TRACED[op] = kernel
 
 
 def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:

@@ -38,8 +38,8 @@ namespace gk::GK_ISA {
 
 #include "measure.h"
 
-// Where x is not finite the answers are those of the formula as it is written, in every dtype: y is infinity at +infinity and NaN
-// at -infinity, the slope is NaN at both.
+// Where x is not finite the answers are those of the formula as it is written, in every dtype: y is infinity at +infinity and
+// NaN at -infinity, the slope is NaN at both.
 
 #if GK_VECTOR_BYTES == 64
 // Where one instruction looks up 32 entries, y and the slope come from tables: see make_gelu_tables.py. bfloat16 takes the
@@ -249,5 +249,7 @@ Tensor gelu_bwd(const Tensor& dy_any, const Tensor& x_any, bool tanh, const Opti
 TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
   m.impl("gelu_fwd", gk::gelu_fwd);
   m.impl("gelu_bwd", gk::gelu_bwd);
+  m.impl("gelu_bwd_unmeasured",
+         [](const at::Tensor& dy, const at::Tensor& x, bool tanh) { return gk::gelu_bwd(dy, x, tanh, {}); });
 }
 #endif

@@ -79,5 +79,10 @@ Tensor residual_bwd(const OptionalTensor& dskip_any, const OptionalTensor& dbran
 
 }  // namespace gk
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { m.impl("residual_bwd", gk::residual_bwd); }
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
+  m.impl("residual_bwd", gk::residual_bwd);
+  m.impl("residual_bwd_unmeasured", [](const gk::OptionalTensor& dskip, const gk::OptionalTensor& dbranch) {
+    return gk::residual_bwd(dskip, dbranch, {});
+  });
+}
 #endif
