@@ -211,8 +211,9 @@ def test_compile(fresh_compiler):
     assert not fresh_compiler["graph_break"]
 
 
-def test_compile_fork(fresh_compiler):
-    check_compile(make_case("residual", 5, 33), "aot_eager")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fork(backend, fresh_compiler):
+    check_compile(make_case("residual", 5, 33), backend)
 
 
 def test_compile_dynamic(fresh_compiler):
