@@ -152,10 +152,15 @@ def define_autograd(schema: str, python: Callable, differentiable: Callable) -> 
     return call  # not through the dispatcher, under which torch.func could not see the Function
 
 
+def in_autocast(device: str) -> bool:
+    """Whether an autocast region of this kind of device is around; meta, for one, has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_off(x: torch.Tensor) -> AbstractContextManager:
     """A context in which products on x's device are computed in the dtype of their arguments, as our ops mean them."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
 
 
 def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -164,7 +169,7 @@ def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
     On the CPU autocast leaves layer_norm alone, as it leaves gelu alone everywhere.
     """
     device = x.device.type
-    if device not in NORMS_IN_FLOAT32 or not torch.is_autocast_enabled(device):
+    if device not in NORMS_IN_FLOAT32 or not in_autocast(device):
         return (x, *others)
     return _cast(torch.float32, x, *others)
 
@@ -172,7 +177,7 @@ def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
 def autocast_region(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in the dtype of the autocast region around, if there is one; float64 and integer ones as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not in_autocast(device):
         return tensors
     return _cast(torch.get_autocast_dtype(device), *tensors)
 

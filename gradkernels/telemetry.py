@@ -165,9 +165,10 @@ def measure_steps_reference(
 ) -> None:
     """Adds every field of TIME_FIELDS, one tensor a step of each (gates: activated i f g o), to `time_stats`, which is written.
 
-    Under vmap nothing is measured: there is no one row that a step of many calls belongs to.
+    Under vmap and with is_grads_batched nothing is measured: there is no one row that a step of many calls belongs to.
     """
-    if any(torch._C._functorch.is_batchedtensor(step[0]) for step in (dh, gates)):
+    functorch = torch._C._functorch
+    if any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in (dh[0], gates[0])):
         return
     rows = []
     for t in range(len(dh)):
@@ -186,6 +187,11 @@ def _norm(v: torch.Tensor) -> torch.Tensor:
     return (v / scale).square().sum().sqrt() * scale
 
 
+def without_graph(gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient as a number. In most backwards it is one, and is_grads_batched has no rule for detach."""
+    return gradient.detach() if gradient.requires_grad else gradient
+
+
 def measured(reference: Callable, ports: Callable) -> Callable:
     """The plain implementation of a backward op `f(*args, stats)` made of `reference(*args)`, which has no telemetry.
 
@@ -197,7 +203,7 @@ def measured(reference: Callable, ports: Callable) -> Callable:
         gradients = reference(*inputs)
         for port, gradient in enumerate(ports(inputs, gradients) if stats is not None else ()):
             if gradient is not None:
-                torch.ops.gradkernels.probe_bwd.default(gradient.detach(), stats, port)
+                torch.ops.gradkernels.probe_bwd.default(without_graph(gradient), stats, port)
         return gradients
 
     return backward

@@ -269,3 +269,14 @@ def test_nan_stays_nan(bits, size):
     x, *others = (t.detach() for t in leaves)
     assert torch.ops.gradkernels.lstm_layer_fwd(x, *others, None, None, None, None, False)[3].isnan().all()
     assert torch.ops.gradkernels.lstm_cell_fwd(x[0], *others, None, None)[2].isnan().all()
+
+
+@pytest.mark.parametrize("args", [(8, 4), (8, 4, 2, True, True, 0.0, True, 2)], ids=str)
+def test_on_meta(args):
+    """Shapes without memory, inside of an autocast region of another device too."""
+    x, row = torch.empty(3, 2, 8, device="meta"), torch.empty(2, 8, device="meta")
+    with torch.autocast("cpu", enabled=len(args) == 2):
+        ours, eager = (module(*args, device="meta")(x) for module in (gk.LSTM, torch.nn.LSTM))
+        cell, eager_cell = (module(8, 4, device="meta")(row) for module in (gk.LSTMCell, torch.nn.LSTMCell))
+    for y, expected in zip((ours[0], *ours[1], *cell), (eager[0], *eager[1], *eager_cell), strict=True):
+        assert (y.shape, y.dtype, y.device) == (expected.shape, expected.dtype, expected.device)

@@ -13,7 +13,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from gradkernels.functional import lstm, lstm_steps
-from gradkernels.library import ArgumentError
+from gradkernels.library import ArgumentError, in_autocast
 from gradkernels.nn.measuring import _Measuring
 from gradkernels.ops import lstm_cell as lstm_cell_op
 from gradkernels.ops import lstm_layer as lstm_layer_op
@@ -187,7 +187,7 @@ class LSTMCell(_Measuring, RNNCellBase):
             h, c = hx if is_batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         self._check_shapes(input, h, c)
         tensors = (input, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        if torch.is_autocast_enabled(input.device.type):
+        if in_autocast(input.device.type):
             tensors = _widest(tensors)
         h, c = lstm_cell_op.lstm_cell(*tensors, stats=self.stats)
         return (h, c) if is_batched else (h.squeeze(0), c.squeeze(0))

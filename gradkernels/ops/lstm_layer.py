@@ -19,7 +19,7 @@ from torch.autograd import Function
 from gradkernels.library import FLOATS, ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
 from gradkernels.ops._steps import check_steps, rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
-from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference
+from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference, without_graph
 
 PORTS = ("dy", "dx", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
 INPUTS = (
@@ -239,7 +239,7 @@ def _bwd_default(*args: Any) -> tuple[torch.Tensor, ...]:
     there = (dy is not None, inputs, *(weights and w is not None for w in (weight_ih, weight_hh, bias_ih, weight_hr)))
     for port, (is_there, gradient) in enumerate(zip(there, (dy, dx, *of_weights), strict=True)):
         if stats is not None and is_there:
-            torch.ops.gradkernels.probe_bwd.default(gradient.detach(), stats, port)
+            torch.ops.gradkernels.probe_bwd.default(without_graph(gradient), stats, port)
     return gradients
 
 

@@ -6,7 +6,7 @@ import torch
 
 from gradkernels.library import FLOATS, define_composite, define_kernel
 from gradkernels.tables import LOCK
-from gradkernels.telemetry import check_stats, measure_reference
+from gradkernels.telemetry import check_stats, measure_reference, without_graph
 
 PORTS = ("dy",)
 SCHEMA = "probe(Tensor(a) x, Tensor? stats) -> Tensor(a)"
@@ -18,9 +18,13 @@ def probe_bwd_fake(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
 
 
 def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
-    """The reference; under vmap a batch of gradients is one larger gradient."""
+    """The reference; under vmap, and with is_grads_batched, a batch of gradients is one larger gradient."""
     if torch._C._functorch.is_batchedtensor(dy):
         probe_bwd(torch._C._functorch.get_unwrapped(dy), stats, port)
+    elif torch._C._functorch.is_legacy_batchedtensor(dy):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        probe_bwd(torch._remove_batch_dim(dy, level, 1, 0), stats, port)
     else:
         measure_reference(dy, stats, port)
 
@@ -39,7 +43,7 @@ def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
     with LOCK:
         probes = x.__dict__.setdefault("_gradkernels_probes", [])
         if not any(known is stats for known in probes):
-            x.register_hook(lambda dy: probe_bwd(dy.detach(), stats, 0) if dy is not None else None)
+            x.register_hook(lambda dy: probe_bwd(without_graph(dy), stats, 0) if dy is not None else None)
             probes.append(stats)
     return x
 
