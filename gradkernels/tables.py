@@ -47,12 +47,7 @@ def fold_fake(stats: torch.Tensor) -> torch.Tensor:
 
 
 def add_steps_reference(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
-    """Adds one backward call, (steps, len(TIME_FIELDS)), to `time_stats`, as far as that has rows: row 0 shows it.
-
-    A batch of calls, of vmap or is_grads_batched, is left out: there is no one row that a step of many calls belongs to.
-    """
-    if torch._C._functorch.is_batchedtensor(rows) or torch._C._functorch.is_legacy_batchedtensor(rows):
-        return
+    """Adds one backward call, (steps, len(TIME_FIELDS)), to `time_stats`, as far as that has rows: row 0 shows it."""
     with LOCK:
         recorded = min(len(rows), time_stats.shape[0] - 1)
         time_stats[0, 0].clamp_(min=len(rows))
