@@ -47,7 +47,12 @@ def fold_fake(stats: torch.Tensor) -> torch.Tensor:
 
 
 def add_steps_reference(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
-    """Adds one backward call, (steps, len(TIME_FIELDS)), to `time_stats`, as far as that has rows: row 0 shows it."""
+    """Adds one backward call, (steps, len(TIME_FIELDS)), to `time_stats`, as far as that has rows: row 0 shows it.
+
+    A batch of calls, under vmap, is left out: see measure_steps_reference.
+    """
+    if torch._C._functorch.is_batchedtensor(rows):
+        return
     with LOCK:
         recorded = min(len(rows), time_stats.shape[0] - 1)
         time_stats[0, 0].clamp_(min=len(rows))

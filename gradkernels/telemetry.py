@@ -165,10 +165,10 @@ def measure_steps_reference(
 ) -> None:
     """Adds every field of TIME_FIELDS, one tensor a step of each (gates: activated i f g o), to `time_stats`, which is written.
 
-    Under vmap and with is_grads_batched nothing is measured: there is no one row that a step of many calls belongs to.
+    Of a batch of calls, of vmap or is_grads_batched, nothing is measured: there is no one row that a step of many calls
+    belongs to.
     """
-    functorch = torch._C._functorch
-    if any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in (*dh, *dc, *dh_recurrent, *gates)):
+    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in (*dh, *dc, *dh_recurrent, *gates)):
         return
     rows = []
     for t in range(len(dh)):
