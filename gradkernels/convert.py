@@ -9,8 +9,9 @@ from torch import nn
 
 from gradkernels.integrations.transformers import GELU_CLASSES
 from gradkernels.nn import GELU, LSTM, LayerNorm, LSTMCell, _Measuring
+from gradkernels.nn.measuring import NAMESPACE
 
-FUSED = {nn.GELU: GELU, nn.LayerNorm: LayerNorm, nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+FUSED = {layer.TWIN: layer for layer in (GELU, LayerNorm, LSTM, LSTMCell)}
 ORIGINAL = "_gradkernels_original_class"
 LAYER_NAME = re.compile(r"(Norm\d*d?|GELU|GeLU|Activation|LSTM|LSTMCell|GRU|GRUCell|RNN|RNNCell)$")
 LAYER_MODULES = ("activation", "normalization", "batchnorm", "instancenorm", "rnn")
@@ -26,7 +27,7 @@ class Uncovered(NamedTuple):
 
 def convert(model: nn.Module) -> nn.Module:
     """`model` itself, with each layer that has a fused twin turned into it: nn.LayerNorm, nn.GELU and transformers' GELUs,
-    nn.LSTM and nn.LSTMCell (whose twins are no subclasses of theirs, see `gradkernels.nn.recurrent`).
+    nn.LSTM (whose twin is no subclass of it, see `gradkernels.nn.recurrent`) and nn.LSTMCell.
 
     Only the class of a layer changes: its parameters, buffers, hooks, names, place in state_dict and in optimizers stay.
     A subclass that is not known, a parametrized layer, or one whose `forward` was replaced is left alone: `uncovered(model)`
@@ -35,6 +36,7 @@ def convert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         fused, attributes = _fused_class(module)
         if fused is not None:
+            attributes = {**attributes, "__module__": NAMESPACE}
             object.__setattr__(module, ORIGINAL, (type(module), tuple(attributes)))
             module.__dict__.update(attributes)
             module.__class__ = fused

@@ -342,6 +342,11 @@ class _Hook:
     def __reduce__(self) -> tuple:
         return _Hook, (_nothing,)
 
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks a hook for first."""
+        raise AttributeError("torch.jit.script cannot compile the hooks of a watched model: close() the Watch, or script first")
+
 
 def _nothing(*args: Any) -> None:
     pass

@@ -15,7 +15,7 @@ from gradkernels.ops import residual as residual_op
 class GELU(_Measuring, nn.GELU):
     """torch.nn.GELU whose backward measures dy and dx. Shapes: any; dtypes and errors as `gk.gelu`."""
 
-    PORTS = gelu_op.PORTS
+    PORTS, TWIN = gelu_op.PORTS, nn.GELU
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return gelu_op.gelu(input, self.approximate, stats=self.stats)
@@ -24,7 +24,7 @@ class GELU(_Measuring, nn.GELU):
 class LayerNorm(_Measuring, nn.LayerNorm):
     """torch.nn.LayerNorm whose backward measures dy, dx, dweight and dbias. Shapes, dtypes and errors as `gk.layer_norm`."""
 
-    PORTS = layer_norm_op.PORTS
+    PORTS, TWIN = layer_norm_op.PORTS, nn.LayerNorm
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return layer_norm_op.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats)

@@ -1,16 +1,37 @@
-"""What every fused module shares: its ports, and statistics that no copy carries."""
+"""What every fused module shares: its ports, statistics that no copy carries, and how other programs see it."""
 
 from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
 
 import torch
 from torch import nn
 
+NAMESPACE = "torch.nn"  # what torch.fx takes a module's home for: it does not look into what lives there
+
 
 class _Measuring(nn.Module):
-    """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each suffix of `parts`."""
+    """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each suffix of `parts`.
+
+    TWIN: the torch.nn layer that computes the same of the same attributes, or None. For torch.fx a fused module is a leaf, as
+    its twin is; torch.jit.script takes the twin in its place.
+    """
 
     PORTS: tuple[str, ...] = ()
+    TWIN: type[nn.Module] | None = None
     stats: torch.Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__init__)  # not that of __new__
+        cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Measuring:
+        module = super().__new__(cls)
+        module.__dict__["__module__"] = NAMESPACE
+        return module
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -24,3 +45,21 @@ class _Measuring(nn.Module):
     def stats_names(self) -> list[str]:
         """The names of all attributes that hold statistics."""
         return [f"{kind}{part}" for kind in ("stats", "time_stats") for part in self.parts]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles, and leaves in the model: the twin, with the same parameters.
+
+        Raises NotImplementedError where there is none, RuntimeError while the module measures.
+        """
+        name = type(self).__name__
+        if self.TWIN is None:
+            raise NotImplementedError(f"torch.jit.script: {name} has no twin in torch.nn that could be scripted in its place")
+        if any(self.__dict__.get(stats) is not None for stats in self.stats_names()):
+            raise RuntimeError(
+                f"torch.jit.script would put torch.nn.{self.TWIN.__name__} in the place of a {name} that measures: close() the "
+                "Watch first"
+            )
+        twin = copy.copy(self)
+        twin.__class__ = self.TWIN
+        del twin.__dict__["__module__"]
+        return twin

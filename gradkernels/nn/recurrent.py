@@ -1,15 +1,16 @@
 """LSTM and LSTMCell.
 
-They derive from torch's RNNBase and RNNCellBase and not from torch.nn.LSTM, at whose subclasses torch.compile breaks the graph.
+LSTM derives from torch's RNNBase and not from torch.nn.LSTM, at whose subclasses torch.compile breaks the graph.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from gradkernels.functional import lstm, lstm_steps
@@ -22,7 +23,21 @@ from gradkernels.tables import make_room
 State = tuple[torch.Tensor, torch.Tensor]
 
 
-class LSTM(_Measuring, RNNBase):
+class _Quantizable(nn.Module):
+    """Says so where torch.ao.quantization passes a layer by, which it looks up by its exact class."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            layer = type(self).__name__
+            warnings.warn(
+                f"quantization looks layers up by class and leaves gradkernels' {layer} as it is: call gk.revert(model) first, "
+                f"which gives torch.nn.{layer} back",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
+
+
+class LSTM(_Quantizable, _Measuring, RNNBase):
     """torch.nn.LSTM whose backward measures, for each layer and direction, its gradients and those of every time step.
 
     Arguments, parameters, state_dict, inputs (padded, packed, unbatched), outputs, errors and random numbers are
@@ -34,7 +49,7 @@ class LSTM(_Measuring, RNNBase):
     Both run one `gk.lstm_cell` a step: slower, and without statistics of time steps.
     """
 
-    PORTS = lstm_layer_op.PORTS
+    PORTS, TWIN = lstm_layer_op.PORTS, nn.LSTM
     zoneout_h = zoneout_c = 0.0
 
     def __init__(
@@ -69,6 +84,11 @@ class LSTM(_Measuring, RNNBase):
 
     def flatten_parameters(self) -> None:
         """Nothing: the weights are used where they are."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        if self.zoneout_h or self.zoneout_c:
+            raise NotImplementedError("torch.jit.script: LSTM with zoneout has no twin in torch.nn to be scripted in its place")
+        return super().__prepare_scriptable__()
 
     def extra_repr(self) -> str:
         zoneout = "".join(f", {name}={getattr(self, name)}" for name in ("zoneout_h", "zoneout_c") if getattr(self, name))
@@ -158,19 +178,14 @@ class LSTM(_Measuring, RNNBase):
         return time_stats
 
 
-class LSTMCell(_Measuring, RNNCellBase):
+class LSTMCell(_Quantizable, _Measuring, nn.LSTMCell):
     """torch.nn.LSTMCell whose backward measures the gradients of h and c on both sides, of x and of the weights.
 
     Arguments, parameters, state_dict, inputs, outputs and errors are torch.nn.LSTMCell's; a mistake in shapes or dtypes is an
     `gk.ArgumentError` or a TypeError, with torch's words where torch.nn.LSTMCell has some.
     """
 
-    PORTS = lstm_cell_op.PORTS
-
-    def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+    PORTS, TWIN = lstm_cell_op.PORTS, nn.LSTMCell
 
     def forward(self, input: torch.Tensor, hx: State | None = None) -> State:
         if input.dim() not in (1, 2):
