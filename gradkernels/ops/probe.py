@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradkernels.library import FLOATS, define_composite, define_kernel
+from gradkernels.nested import numbers_of
 from gradkernels.tables import LOCK
 from gradkernels.telemetry import check_stats, measure_reference, without_graph
 
@@ -43,7 +44,7 @@ def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
     with LOCK:
         probes = x.__dict__.setdefault("_gradkernels_probes", [])
         if not any(known is stats for known in probes):
-            x.register_hook(lambda dy: probe_bwd(without_graph(dy), stats, 0) if dy is not None else None)
+            x.register_hook(lambda dy: probe_bwd(without_graph(numbers_of(dy)), stats, 0) if dy is not None else None)
             probes.append(stats)
     return x
 
@@ -54,7 +55,7 @@ _probe_op = define_composite(SCHEMA, _probe)
 def probe(x: torch.Tensor, *, stats: torch.Tensor | None = None) -> torch.Tensor:
     """x itself; in backward the gradient that reaches it, summed over all its uses, is measured.
 
-    x: any shape; float32, float64, bfloat16 or float16. Returned as it is.
+    x: any shape, nested tensors too; float32, float64, bfloat16 or float16. Returned as it is.
     stats: statistics tensor (1, cells, 8) for the port dy, written in backward; None measures nothing.
     Raises TypeError for another dtype, ArgumentError for a `stats` of another shape or device.
     """
