@@ -13,7 +13,7 @@ from torch import nn
 import gradkernels as gk
 from gradkernels.diagnose import Severity, slope, slope_finding
 from gradkernels.report.flow import UNDEFINED_COLOUR, ZERO_COLOUR, flow_picture
-from gradkernels.report.terminal import COLUMNS
+from gradkernels.report.terminal import COLUMNS, origin
 from gradkernels.report.time import _decades, profile_picture, time_picture
 from gradkernels.telemetry import Record
 from gradkernels.time_profile import profile_of
@@ -74,6 +74,85 @@ def test_grades(sign: int, code: str, decades: float, severity: Severity | None)
 )
 def test_nothing_is_said(slopes: list[float | None]) -> None:
     assert slope_finding(slopes, "first", "last") is None
+
+
+@pytest.mark.parametrize("bad", [(64, 0), (0, 1), (64, 64)])
+def test_slope_of_what_is_not_finite(bad: tuple[int, int]) -> None:
+    """Not small: what is left of it says nothing."""
+    found = slope([record(str(index), 0.0 if count == 64 else 1.0, count) for index, count in enumerate(bad)])
+    assert found is not None
+    assert math.isnan(found)
+
+
+@pytest.mark.parametrize(
+    ("slopes", "code", "since"),
+    [
+        ([0.1, 3.5, 3.5, 3.5, math.nan], "EXPLODING", 2),
+        ([3.5, 3.5, 3.5, math.nan, math.nan, math.nan, math.nan], "EXPLODING", 1),
+        ([-3.5, -3.5, -3.5, math.nan], "VANISHING", 1),
+        ([3.5, 3.5, math.nan, 3.5], None, None),
+        ([math.nan] * 5, None, None),
+        ([0.1, 0.1, 0.1, math.nan, math.nan], None, None),
+        ([-math.inf, math.nan, -4.0, -4.0, -4.0], "VANISHING", 3),
+    ],
+)
+def test_what_was_seen_before_it_was_not_finite(slopes: list[float], code: str | None, since: int | None) -> None:
+    finding = slope_finding(slopes, "first", "last")
+    assert (finding and finding.code, finding and finding.since_step) == (code, since)
+
+
+def port(site: str, name: str, bad: int = 0) -> Record:
+    return Record(site, name, 64, 1, 1.0, 1.0, bad, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([port("a", "dy"), port("a", "dx", 1), port("b", "dy"), port("b", "dx")], "made in a"),
+        ([port("a", "dy", 9), port("a", "dx", 9), port("b", "dy"), port("b", "dx")], "made between b and a"),
+        ([port("a", "dy", 9), port("b", "dy", 1)], "the loss handed them to b"),
+        ([port("a", "dy", 9), port("b", "dy", 9), port("b", "dx", 9), port("c", "dy")], "made between c and b"),
+        ([port("a", "dx"), port("b", "dy"), port("b", "dx"), port("b", "dweight", 1)], "made in b"),
+        ([port("a", "dskip"), port("a", "dbranch", 1), port("a", "dx", 1), port("b", "dskip")], "made between b and a"),
+    ],
+)
+def test_origin(records: list[Record], expected: str) -> None:
+    assert origin(records) == expected
+
+
+class Spoiled(torch.autograd.Function):
+    """Hands on a gradient of one value."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        ctx.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.full_like(dy, ctx.value), None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_table_of_what_is_not_finite(value: float) -> None:
+    class Block(nn.Module):
+        def __init__(self, spoils):
+            super().__init__()
+            self.linear, self.spoils = nn.Linear(8, 8), spoils
+
+        def forward(self, x):
+            return x + self.linear(Spoiled.apply(x, value) if self.spoils else x)
+
+    net = nn.Sequential(*[Block(index == 2) for index in range(4)])
+    watch = gk.watch(net)
+    for _ in range(4):
+        net(torch.randn(4, 8)).square().sum().backward()
+        watch.step()
+    lines = str(watch).splitlines()
+    assert "VANISHING" not in str(watch)
+    assert lines[1] == "No verdict: dL/dh from 3 back to 0 is no longer finite."
+    assert lines[2] == "NaN or infinite: 64 gradient elements; made between 2 and 1."
+    assert [line.split()[1] for line in lines[-4:-2]] == ["nan", "nan"]
 
 
 def test_weakest_of_the_last_three_steps_grades() -> None:

@@ -180,7 +180,7 @@ def test_nonfinite_gradients_are_counted_and_kept_out():
     incoming = next(record for record in watch.records() if (record.site, record.port) == ("1", "dy"))
     assert incoming.nonfinite_count == 2
     assert math.isclose(incoming.square_sum, 10.0)
-    assert "NaN or infinite: 4 gradient elements; the backward pass met them first at 1." in str(watch)
+    assert "NaN or infinite: 4 gradient elements; the loss handed them to 1." in str(watch)
 
 
 def test_pause_resume_close():

@@ -31,9 +31,14 @@ ADVICE = {
 def slope(stream: Sequence[Record]) -> float | None:
     """The slope in decades over records of dL/dh in depth order; None where fewer than two, or where the last is 0.
 
-    A gradient that is exactly 0 at the first site and not at the last gives -inf.
+    A gradient that is exactly 0 at the first site and not at the last gives -inf; one with elements that are not finite at
+    either, NaN: what is left of it says nothing about its size.
     """
-    if len(stream) < 2 or stream[-1].norm == 0:
+    if len(stream) < 2:
+        return None
+    if stream[0].nonfinite_count or stream[-1].nonfinite_count:
+        return math.nan
+    if stream[-1].norm == 0:
         return None
     first = stream[0].norm
     return math.log10(first) - math.log10(stream[-1].norm) if first else -math.inf
@@ -42,10 +47,15 @@ def slope(stream: Sequence[Record]) -> float | None:
 def slope_finding(slopes: Sequence[float | None], first_site: str, last_site: str) -> Finding | None:
     """The finding of a run whose slope at steps 1, 2, ... was `slopes`; None where there is nothing to say.
 
-    The grade is the one that the last PERSISTENCE steps all reach, on the same side.
+    The grade is the one that the last PERSISTENCE steps all reach, on the same side. Steps that were not finite at the end
+    of the run are left out: an explosion that ended in them is one.
     """
+    finite = len(slopes)
+    while finite and _undefined(slopes[finite - 1]):
+        finite -= 1
+    slopes = slopes[:finite]
     recent = slopes[-PERSISTENCE:]
-    if len(recent) < PERSISTENCE or any(value is None for value in recent):
+    if len(recent) < PERSISTENCE or any(value is None or _undefined(value) for value in recent):
         return None
     vanishing = max(recent) < 0
     weakest = min(abs(value) for value in recent)
@@ -60,12 +70,16 @@ def slope_finding(slopes: Sequence[float | None], first_site: str, last_site: st
     return None
 
 
+def _undefined(slope: float | None) -> bool:
+    return slope is not None and math.isnan(slope)
+
+
 def _since(slopes: Sequence[float | None], decades: float, vanishing: bool) -> int:
     """The step (from 1) at which the present run of such slopes began."""
     step = len(slopes)
     while step > 1:
         value = slopes[step - 2]
-        if value is None or abs(value) < decades or (value < 0) != vanishing:
+        if value is None or not abs(value) >= decades or (value < 0) != vanishing:
             break
         step -= 1
     return step

@@ -14,16 +14,22 @@ if TYPE_CHECKING:
     from gradkernels.watch import Watch
 
 COLUMNS = 80
+INCOMING = ("dy", "dskip", "dbranch", "dnew_residual", "dh_next", "dc_next")
 BAR = 16  # characters for 8 decades, -4 to +4
 
 
 def verdict(slopes: list[float | None], stream: list[Record]) -> str:
     """One or two lines: the finding of the slope rule, or that there is none."""
     if len(stream) < 2 or not slopes or slopes[-1] is None:
-        return "No verdict: dL/dh was measured at fewer than two depths, or is zero or not finite at the last."
+        return "No verdict: dL/dh was measured at fewer than two depths, or is zero at the last."
     first, last = stream[0].site, stream[-1].site
     finding = slope_finding(slopes, first, last)
-    number = f"dL/dh slope {slopes[-1]:+.2f} decades from {last} back to {first}"
+    if math.isnan(slopes[-1]):
+        number = f"dL/dh from {last} back to {first} is no longer finite"
+        if finding is None:
+            return f"No verdict: {number}."
+    else:
+        number = f"dL/dh slope {slopes[-1]:+.2f} decades from {last} back to {first}"
     if finding is None:
         return f"No finding: {number}." if len(slopes) >= PERSISTENCE else f"No verdict before step {PERSISTENCE}: {number}."
     lines = [f"{finding.code} ({finding.severity.name.lower()}) since step {finding.since_step}: {number}."]
@@ -50,10 +56,9 @@ def table(watch: Watch) -> str:
     if watch.learning_rate is not None:
         head += f", lr {float(watch.learning_rate):.2e}"
     lines = [head, verdict(watch.slopes(), stream)]
-    bad = [record for _, record in rows if record.nonfinite_count]
-    if bad:  # the backward pass runs from the last site to the first
-        count = sum(record.nonfinite_count for record in bad)
-        lines.append(f"NaN or infinite: {count} gradient elements; the backward pass met them first at {bad[-1].site}.")
+    count = sum(record.nonfinite_count for _, record in rows)
+    if count:
+        lines.append(f"NaN or infinite: {count} gradient elements; {origin([record for _, record in rows])}.")
     lines.append("")
     lines.append(f"{'site':<32}{'|dL/dy|':>9}{'|dL/dx|':>9}{'zero':>6}{'bad':>6} {'-4  decades   +4':<{BAR + 1}}".rstrip())
     for _, group in groupby(rows, key=lambda row: id(row[0])):
@@ -64,6 +69,24 @@ def table(watch: Watch) -> str:
     return "\n".join(wrapped)
 
 
+def origin(records: list[Record]) -> str:
+    """Where the backward pass, which runs from the last site to the first, met what is not finite first.
+
+    records: of one step, by depth. A site whose incoming gradients are finite has made it itself, or what it hands to its
+    weights; else it was made between this site and the one behind it.
+    """
+    clean = None
+    for site, group in groupby(reversed(records), key=lambda record: record.site):
+        ports = list(group)
+        incoming = [record for record in ports if record.port in INCOMING]
+        if any(record.nonfinite_count for record in incoming):
+            return f"the loss handed them to {site}" if clean is None else f"made between {clean} and {site}"
+        if any(record.nonfinite_count for record in ports):
+            return f"made in {site}"
+        clean = site
+    return "none"
+
+
 def _line(records: list[Record], reference: float) -> str:
     """One site: what comes in and what goes out, exact zeros in what comes in, non-finite elements anywhere."""
     ports = {record.port: record for record in records}
@@ -72,10 +95,16 @@ def _line(records: list[Record], reference: float) -> str:
     shown = outgoing or incoming
     bad = sum(record.nonfinite_count for record in records)
     zeros = f"{100 * incoming.zero_count / incoming.numel:.0f}%" if incoming.numel else "-"
-    bar = flow_bar(math.log10(shown.norm / reference) if shown.norm else -math.inf) if reference else ""
-    out = f"{outgoing.norm:.2e}" if outgoing else "-"
+    known = reference and shown.nonfinite_count < shown.numel
+    bar = flow_bar(math.log10(shown.norm / reference) if shown.norm else -math.inf) if known else ""
+    out = _norm(outgoing) if outgoing else "-"
     site = short_name(incoming.site, 31)
-    return f"{site:<32}{incoming.norm:>9.2e}{out:>9}{zeros:>6}{bad if bad < 100_000 else '>99k':>6} {bar}".rstrip()
+    return f"{site:<32}{_norm(incoming):>9}{out:>9}{zeros:>6}{bad if bad < 100_000 else '>99k':>6} {bar}".rstrip()
+
+
+def _norm(record: Record) -> str:
+    """The norm of the finite elements; of a gradient that has none, what it is."""
+    return "nan" if record.numel and record.nonfinite_count == record.numel else f"{record.norm:.2e}"
 
 
 def short_name(path: str, width: int) -> str:
