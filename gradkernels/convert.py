@@ -9,7 +9,7 @@ from torch import nn
 
 from gradkernels.integrations.transformers import GELU_CLASSES
 from gradkernels.nn import GELU, LSTM, LayerNorm, LSTMCell, _Measuring
-from gradkernels.nn.measuring import NAMESPACE
+from gradkernels.nn.measuring import NAMESPACE, remove_hooks
 
 FUSED = {layer.TWIN: layer for layer in (GELU, LayerNorm, LSTM, LSTMCell)}
 ORIGINAL = "_gradkernels_original_class"
@@ -44,8 +44,9 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """`model` itself, with every layer that `convert` changed back in its original class and measuring nothing."""
+    """`model` itself, with every layer that `convert` changed back in its original class, and measured by no Watch."""
     for module in model.modules():
+        remove_hooks(module)
         original, attributes = module.__dict__.pop(ORIGINAL, (None, ()))
         if original is not None:
             for name in (*attributes, *module.stats_names()):

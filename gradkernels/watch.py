@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradkernels.convert import Uncovered, convert, uncovered
 from gradkernels.diagnose import slope
 from gradkernels.nn import LSTM, AddLayerNorm, Residual, _Measuring
+from gradkernels.nn.measuring import Hook, hooks_of
 from gradkernels.ops.probe import PORTS as PROBE_PORTS
-from gradkernels.ops.probe import probe
-from gradkernels.tables import fold, take_steps
+from gradkernels.ops.probe import measure_gradient, probe
+from gradkernels.tables import LOCK, fold, take_steps
 from gradkernels.telemetry import Record, new_stats, new_time_stats, record_of
 from gradkernels.time_profile import TimeProfile, profile_of
 
@@ -40,6 +43,7 @@ class Site:
     part: str = ""
     stats: torch.Tensor | None = None
     time_stats: torch.Tensor | None = None
+    probed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensors with a hook, and its handle
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,10 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        if any(_is_watched(module) for module in model.modules() if isinstance(module, _Measuring)):
-            raise RuntimeError("watch: model is watched already: close() the other watch first")
+        if any(_is_watched(module) for module in model.modules()):
+            raise RuntimeError(
+                "watch: model is watched already: close() that Watch first, or gk.revert(model) where it is out of reach"
+            )
         if optimizer is not None:
             _check_optimizer(model, optimizer)
         self.model, self.optimizer = convert(model), optimizer
@@ -100,6 +106,8 @@ class Watch:
             if site.kind == PROBE:
                 self._hooks.append(site.module.register_forward_hook(_probe_hook(site)))
         self._allocate()
+        # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
+        weakref.finalize(self, _let_go, self.sites, self._hooks, self._ordering).atexit = False
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Ends a step: what was measured since the last call becomes `records()`, and counting starts again from zero.
@@ -176,10 +184,11 @@ class Watch:
             _set_stats(site, table[first : first + len(site.ports)], site.time_stats)
 
     def close(self) -> None:
-        """Ends the watching: no probes, no statistics. Fused layers stay; `gk.revert(model)` takes them back."""
-        self.pause()
-        for hook in (*self._hooks, *self._ordering):
-            hook.remove()
+        """Ends the watching: no probes, no statistics. Fused layers stay; `gk.revert(model)` takes them back.
+
+        A Watch that is no longer referred to closes itself.
+        """
+        _let_go(self.sites, self._hooks, self._ordering)
 
     def __str__(self) -> str:
         from gradkernels.report.terminal import table
@@ -222,14 +231,19 @@ class Watch:
     def _note_run(self, index: int) -> Callable[[torch.Tensor], None]:
         """What runs when a site first does: notes its place in the forward pass, and moves the tables to its device."""
 
+        own = weakref.ref(self)
+
         def note(x: torch.Tensor) -> None:
             if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
                 return
-            if index not in self._first_run:
-                self._first_run.append(index)
-            if x.device != self.sites[index].device:
-                self.sites[index].device = x.device
-                self._allocate()
+            watch = own()
+            if watch is None:
+                return
+            if index not in watch._first_run:
+                watch._first_run.append(index)
+            if x.device != watch.sites[index].device:
+                watch.sites[index].device = x.device
+                watch._allocate()
 
         return note
 
@@ -239,10 +253,10 @@ class Watch:
             return
         for hook in self._ordering:
             hook.remove()
-        self._ordering = []
+        self._ordering.clear()
         seen = set(self._first_run)
         order = [*self._first_run, *(index for index in range(len(self.sites)) if index not in seen)]
-        self.sites = [self.sites[index] for index in order]
+        self.sites[:] = [self.sites[index] for index in order]
         place = {id(site): (site, table, first) for site, table, first in self._placed}
         self._placed = [place[id(site)] for site in self.sites]
 
@@ -274,8 +288,9 @@ def _fused_sites(model: nn.Module) -> Iterator[Site]:
                 yield Site(name, module, kind, module.PORTS, _device_of(model, module), part)
 
 
-def _is_watched(module: _Measuring) -> bool:
-    return any(module.__dict__.get(name) is not None for name in module.stats_names())
+def _is_watched(module: nn.Module) -> bool:
+    names = module.stats_names() if isinstance(module, _Measuring) else ()
+    return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in names)
 
 
 def _module_name(site: Site) -> str:
@@ -330,42 +345,47 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-class _Hook:
-    """A forward hook; in a copy or a pickle of its module it does nothing, for the site is the original's."""
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> None:
-        self.function(*args)
-
-    def __reduce__(self) -> tuple:
-        return _Hook, (_nothing,)
-
-    @property
-    def __name__(self) -> str:
-        """What torch.jit.script asks a hook for first."""
-        raise AttributeError("torch.jit.script cannot compile the hooks of a watched model: close() the Watch, or script first")
-
-
-def _nothing(*args: Any) -> None:
-    pass
-
-
-def _probe_hook(site: Site) -> _Hook:
+def _probe_hook(site: Site) -> Hook:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         h = _first_tensor(output)
-        if h is not None and site.stats is not None:
+        if h is None or site.stats is None:
+            return
+        if torch.compiler.is_compiling():
             probe(h, stats=site.stats)
+        elif h.requires_grad and torch.is_grad_enabled():
+            _attach(site, h)
 
-    return _Hook(hook)
+    return Hook(hook)
+
+
+def _attach(site: Site, h: torch.Tensor) -> None:
+    """Has the gradient of `h` measured where the site measures by then; once, however often the site meets this tensor."""
+
+    def measure(dy: torch.Tensor | None) -> None:
+        if dy is not None and site.stats is not None:
+            measure_gradient(dy, site.stats)
+
+    with LOCK:
+        if h not in site.probed:
+            site.probed[h] = h.register_hook(measure)
 
 
 def _on_run(site: Site, note: Callable[[torch.Tensor], None]) -> Any:
     """A hook that calls note(x) when the site runs: with an op's input before it, with a block's output after it."""
     if site.kind == PROBE:
-        return site.module.register_forward_hook(_Hook(lambda module, args, output: note(_first_tensor(output))))
-    return site.module.register_forward_pre_hook(_Hook(lambda module, args: note(_first_tensor(args[0]) if args else None)))
+        return site.module.register_forward_hook(Hook(lambda module, args, output: note(_first_tensor(output))))
+    return site.module.register_forward_pre_hook(Hook(lambda module, args: note(_first_tensor(args[0]) if args else None)))
+
+
+def _let_go(sites: list[Site], *handles: list[Any]) -> None:
+    """Ends the measuring of sites, and takes hooks off."""
+    for site in sites:
+        _set_stats(site, None, None)
+        for handle in [*site.probed.values()]:
+            handle.remove()
+        site.probed.clear()
+    for handle in [handle for some in handles for handle in some]:
+        handle.remove()
 
 
 def _set_stats(site: Site, stats: torch.Tensor | None, time_stats: torch.Tensor | None) -> None:

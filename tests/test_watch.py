@@ -1,5 +1,6 @@
 """Watch: sites, order, records that equal what autograd says, accumulation, checkpointing, compile, errors."""
 
+import copy
 import math
 
 import pytest
@@ -248,3 +249,92 @@ def test_step_is_cheap():
     with torch.profiler.profile() as profile:
         watch.step()
     assert sum(event.count for event in profile.key_averages() if event.key.startswith("aten::")) < 30
+
+
+class Prompt(nn.Module):
+    """A block whose output is a parameter, which stays alive with what is hooked to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        return self.prompt
+
+
+def test_a_block_that_returns_a_parameter():
+    """Not measured while paused, counted once after any number of pauses, and without a hook after close()."""
+    net = nn.Sequential(Prompt(), nn.Linear(8, 8), nn.Linear(8, 8))
+    watch = gk.watch(net)
+
+    def step():
+        net(0).sum().backward()
+        watch.step()
+        return [(record.site, record.observation_count, record.norm) for record in watch.records()]
+
+    first = step()
+    for _ in range(3):
+        watch.pause()
+        assert not step()
+        watch.resume()
+        assert step() == first
+    assert len(net[0].prompt._backward_hooks) == 1
+    watch.close()
+    assert not net[0].prompt._backward_hooks
+    net(0).sum().backward()
+
+
+def num_hooks(net):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules())
+
+
+def blocks():
+    return nn.Sequential(*[nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(2)])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_watch_that_is_lost_closes_itself(steps):
+    """A cell of a notebook, or train(), that runs again."""
+    net = blocks()
+    net[0][0].register_forward_hook(lambda *args: None)
+
+    def train():
+        watch = gk.watch(net)
+        for _ in range(steps):
+            net(torch.randn(2, 8)).sum().backward()
+            watch.step()
+        return [record.observation_count for record in watch.records()]
+
+    for _ in range(3):
+        assert set(train()) <= {1}
+        assert num_hooks(net) == 1
+        assert net[0][0].stats is None
+    net(torch.randn(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("net", [blocks(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))], ids=["fused", "probes"])
+def test_a_model_is_watched_once(net):
+    """Where the Watch is still held, by the traceback of an error say, revert() takes it off."""
+    held = []
+    for _ in range(3):
+        held.append(gk.watch(net))
+        with pytest.raises(RuntimeError, match=r"watched already: close\(\) that Watch first, or gk.revert"):
+            gk.watch(net)
+        gk.revert(net)
+        assert num_hooks(net) == 0
+    again = gk.watch(net)
+    net(torch.randn(2, 8)).sum().backward()
+    again.step()
+    assert {record.observation_count for record in again.records()} == {1}
+
+
+def test_a_copy_of_a_watched_model_can_be_watched():
+    net = blocks()
+    watch = gk.watch(net)
+    other = copy.deepcopy(net)
+    second = gk.watch(other)
+    other(torch.randn(2, 8)).sum().backward()
+    second.step()
+    watch.step()
+    assert second.records()
+    assert not watch.records()

@@ -4,12 +4,54 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 NAMESPACE = "torch.nn"  # what torch.fx takes a module's home for: it does not look into what lives there
+
+
+class Hook:
+    """A forward hook of a Watch; in a copy or a pickle of its module it does nothing, for what it serves is the original's."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        self.function(*args)
+
+    def __reduce__(self) -> tuple:
+        return Hook, (_nothing,)
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks a hook for first."""
+        raise AttributeError("torch.jit.script cannot compile the hooks of a watched model: close() the Watch, or script first")
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
+def hooks_of(module: nn.Module) -> list[Hook]:
+    """The hooks of a Watch on a module."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, Hook) and hook.function is not _nothing]
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Takes the hooks of any Watch off a module, copied ones too."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+            del hooks[key]
+            for more in (
+                module._forward_hooks_with_kwargs,
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                more.pop(key, None)
 
 
 class _Measuring(nn.Module):

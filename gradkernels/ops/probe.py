@@ -33,6 +33,11 @@ def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None
 probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
 
 
+def measure_gradient(dy: torch.Tensor, stats: torch.Tensor) -> None:
+    """Adds a gradient to row 0 of `stats`."""
+    probe_bwd(without_graph(numbers_of(dy)), stats, 0)
+
+
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
     """x itself, with a hook on its gradient: no node, no view, so writing into x in place stays what it was.
 
@@ -44,7 +49,7 @@ def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
     with LOCK:
         probes = x.__dict__.setdefault("_gradkernels_probes", [])
         if not any(known is stats for known in probes):
-            x.register_hook(lambda dy: probe_bwd(without_graph(numbers_of(dy)), stats, 0) if dy is not None else None)
+            x.register_hook(lambda dy: measure_gradient(dy, stats) if dy is not None else None)
             probes.append(stats)
     return x
 
