@@ -167,9 +167,16 @@ class Measure {
 
   // Adds memory that no loop has at hand.
   void add(const T* p, int64_t count) {
-    static constexpr decltype(&Measure::add_block<FAST>) blocks[] = {nullptr, &Measure::add_block<FAST>,
-                                                                     &Measure::add_block<FINITE>, &Measure::add_block<SCALED>};
-    for (int64_t k = 0; k < count; k += FOLD) (this->*blocks[mode_])(p + k, std::min(FOLD, count - k));
+    for (int64_t k = 0; k < count; k += FOLD) {
+      const int64_t some = std::min(FOLD, count - k);
+      if (mode_ == FAST) {
+        add_block<FAST>(p + k, some);
+      } else if (mode_ == FINITE) {
+        add_block<FINITE>(p + k, some);
+      } else {
+        add_block<SCALED>(p + k, some);
+      }
+    }
   }
 
  private:
