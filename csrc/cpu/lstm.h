@@ -65,7 +65,7 @@ struct LstmForward {
   A *packed_hh, *packed_hr, *m;              // scratch: the weights as the loops read them; o tanh(c) of one step
 };
 
-// A sum of squares: of tiny elements times 2^537, of huge ones times 2^-537, and of the others, so that no square leaves float64.
+// A sum of squares: of tiny elements times 2^537, of huge ones times 2^-537, and of the others: no square leaves float64.
 struct SquareSum {
   double ordinary = 0, tiny = 0, huge = 0;
 
