@@ -9,9 +9,10 @@ import torch
 
 import gradkernels as gk
 from benchmarks import harness
+from gradkernels.ops import OPS
 
 SHAPE = (2048, 768)
-OPS = torch.ops.gradkernels
+KERNELS = torch.ops.gradkernels
 
 
 def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -35,15 +36,15 @@ def backward(op: str, dtype: torch.dtype) -> Callable[[torch.Tensor], object]:
     """The op's backward as a function of dy."""
     N = SHAPE[1]
     x, beside, weight, bias = (torch.randn(size).to(dtype) for size in (SHAPE, SHAPE, (N,), (N,)))
-    stats = gk.new_stats({"gelu": 2, "residual": 3, "layer_norm": 4, "add_layer_norm": 5, "probe": 1}[op])
-    _, mean, rstd = OPS.layer_norm_fwd(x, weight, bias, 1, 1e-5)
+    stats = gk.new_stats(len(OPS[op].PORTS))
+    _, mean, rstd = KERNELS.layer_norm_fwd(x, weight, bias, 1, 1e-5)
     norm = (mean, rstd, weight, bias, 1)
     return {
-        "gelu": lambda dy: OPS.gelu_bwd(dy, x, False, stats),
-        "residual": lambda dy: OPS.residual_bwd(dy, beside, stats),
-        "layer_norm": lambda dy: OPS.layer_norm_bwd(dy, x, *norm, True, stats),
-        "add_layer_norm": lambda dy: OPS.add_layer_norm_bwd(dy, beside, x, *norm, dtype, False, True, stats),
-        "probe": lambda dy: OPS.probe_bwd(dy, stats, 0),
+        "gelu": lambda dy: KERNELS.gelu_bwd(dy, x, False, stats),
+        "residual": lambda dy: KERNELS.residual_bwd(dy, beside, stats),
+        "layer_norm": lambda dy: KERNELS.layer_norm_bwd(dy, x, *norm, True, stats),
+        "add_layer_norm": lambda dy: KERNELS.add_layer_norm_bwd(dy, beside, x, *norm, dtype, False, True, stats),
+        "probe": lambda dy: KERNELS.probe_bwd(dy, stats, 0),
     }[op]
 
 

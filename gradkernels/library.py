@@ -96,7 +96,7 @@ def _trace(op: torch._ops.OpOverload, unmeasured: torch._ops.OpOverload | None, 
 
 
 def _may_change(table: torch.Tensor) -> None:
-    """Marks the node of a graph that is being traced for which `table` stands (a mark that torch has from 2.12 on)."""
+    """Marks the node of a graph that is being traced for which `table` stands (a mark that torch 2.13 knows)."""
     tracing = get_proxy_mode()
     slot = tracing and get_proxy_slot(torch._from_functional_tensor(table.elem), tracing.tracer, None)
     if slot is not None:

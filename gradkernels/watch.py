@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -384,7 +385,7 @@ def _let_go(sites: list[Site], *handles: list[Any]) -> None:
         for handle in [*site.probed.values()]:
             handle.remove()
         site.probed.clear()
-    for handle in [handle for some in handles for handle in some]:
+    for handle in chain(*handles):
         handle.remove()
 
 
