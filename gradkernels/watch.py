@@ -108,7 +108,8 @@ class Watch:
                 self._hooks.append(site.module.register_forward_hook(_probe_hook(site)))
         self._allocate()
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
-        weakref.finalize(self, _let_go, self.sites, self._hooks, self._ordering).atexit = False
+        self._end = weakref.finalize(self, _let_go, self.sites, self._hooks, self._ordering)
+        self._end.atexit = False
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Ends a step: what was measured since the last call becomes `records()`, and counting starts again from zero.
@@ -189,7 +190,7 @@ class Watch:
 
         A Watch that is no longer referred to closes itself.
         """
-        _let_go(self.sites, self._hooks, self._ordering)
+        self._end()
 
     def __str__(self) -> str:
         from gradkernels.report.terminal import table

@@ -312,6 +312,17 @@ def test_a_watch_that_is_lost_closes_itself(steps):
     net(torch.randn(2, 8)).sum().backward()
 
 
+def test_a_closed_watch_leaves_the_next_alone():
+    """It is dropped only after the next one has begun to measure."""
+    net = blocks()
+    for _ in range(3):
+        watch = gk.watch(net)
+        net(torch.randn(2, 8)).sum().backward()
+        watch.step()
+        assert [record.observation_count for record in watch.records()] == 10 * [1]
+        watch.close()
+
+
 @pytest.mark.parametrize("net", [blocks(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))], ids=["fused", "probes"])
 def test_a_model_is_watched_once(net):
     """Where the Watch is still held, by the traceback of an error say, revert() takes it off."""
