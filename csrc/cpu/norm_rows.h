@@ -20,7 +20,7 @@ struct RowShape {
       : N(N),
         whole(N - N % STEP<T>),
         first(std::min(N - whole, WIDTH<Acc<T>>), room),
-        second(N - whole - WIDTH<Acc<T>>, room) {}
+        second(std::max<int64_t>(N - whole - WIDTH<Acc<T>>, 0), room) {}
 
   // Calls body(access, k) for the vectors that start in columns [begin, min(N, begin + SPAN)).
   template <typename Body>
