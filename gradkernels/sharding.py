@@ -52,9 +52,9 @@ RULES: dict[str, Rule] = {
 }
 
 
-def rule_of(op: torch._ops.OpOverload) -> Rule:
-    """The rule of a kernel, `<op>_fwd` or `<op>_bwd`."""
-    return RULES[op._schema.name.split("::")[1].removesuffix("_unmeasured")[: -len("_fwd")]]
+def rule_of(op: torch._ops.OpOverload) -> Rule | None:
+    """The rule of a kernel, `<op>_fwd` or `<op>_bwd`; the ops of tables have none."""
+    return RULES.get(op._schema.name.split("::")[1].removesuffix("_unmeasured")[: -len("_fwd")])
 
 
 def sharded_rows(op: torch._ops.OpOverload, given: Arguments) -> list[int | None]:
@@ -83,10 +83,11 @@ def placements_of(name: str, dim: int, rows: Sequence[int | None]) -> list[Place
 def local_argument(op: torch._ops.OpOverload, name: str, value: Any, rows: Sequence[int | None]) -> Any:
     """What this process computes with in the place of an argument."""
     if isinstance(value, DTensor):
+        placements = placements_of(name, value.dim(), rows)
         # A probe measures the gradient as it is: it must not communicate, for another process may not watch.
-        as_it_is = op._schema.name.endswith("probe_bwd")
-        placements = value.placements if as_it_is else placements_of(name, value.dim(), rows)
-        return value.redistribute(placements=placements).to_local()
+        if list(value.placements) != placements and not op._schema.name.endswith("probe_bwd"):
+            value = value.detach().redistribute(placements=placements)
+        return value.to_local()
     if isinstance(value, torch.Tensor) and name not in PLAIN and not DTensor._op_dispatcher._allow_implicit_replication:
         raise RuntimeError(
             f"{op}: got mixed torch.Tensor and DTensor: {name} must be a DTensor like others, got a torch.Tensor"
@@ -127,8 +128,9 @@ def run(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
 def register() -> None:
     """Makes `run` what every op does with DTensors."""
     SPREAD[DTensor] = run
-    for op in FAKES:
-        torch.library.register_torch_dispatch(op, DTensor, lambda cls, op, types, args, kwargs: run(op, args), lib=LIBRARY)
+    for op, fake in FAKES.items():
+        if fake is None or rule_of(op) is not None:
+            torch.library.register_torch_dispatch(op, DTensor, lambda cls, op, types, args, kwargs: run(op, args), lib=LIBRARY)
 
 
 register()
