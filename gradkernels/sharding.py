@@ -57,18 +57,13 @@ def rule_of(op: torch._ops.OpOverload) -> Rule | None:
     return RULES.get(op._schema.name.split("::")[1].removesuffix("_unmeasured")[: -len("_fwd")])
 
 
-def sharded_rows(op: torch._ops.OpOverload, given: Arguments) -> list[int | None]:
+def sharded_rows(op: torch._ops.OpOverload, given: Arguments, mesh: DeviceMesh) -> list[int | None]:
     """For each dimension of the mesh the tensors' dimension that it shards, counted from the last, or None."""
     leader = next(given[name] for name in LEADERS if given.get(name) is not None)
     if not isinstance(leader, DTensor):
-        return [None] * mesh_of(given.values()).ndim
+        return [None] * mesh.ndim
     allowed = rule_of(op)(leader, given)
     return [p.dim - leader.dim() if type(p) is Shard and p.dim in allowed else None for p in leader.placements]
-
-
-def mesh_of(values: Collection[Any]) -> DeviceMesh:
-    """The mesh of the first DTensor."""
-    return next(value.device_mesh for value in values if isinstance(value, DTensor))
 
 
 def placements_of(name: str, dim: int, rows: Sequence[int | None]) -> list[Placement]:
@@ -103,8 +98,10 @@ def whole(value: Any) -> Any:
 
 
 def assembled(name: str, local: torch.Tensor, shape: torch.Tensor, mesh: DeviceMesh, rows: Sequence[int | None]) -> DTensor:
-    """The DTensor of which `local` is this process's part; `shape` has its size and strides."""
+    """The DTensor of which `local` is this process's part; `shape` has its size and strides, and is `local` out of the mesh."""
     placements = placements_of(name, shape.dim(), rows)
+    if local is shape:
+        local = shape.new_empty(0, device=mesh.device_type)
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape.shape, stride=shape.stride())
 
 
@@ -114,11 +111,14 @@ def run(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
     if fake is None:  # made of other ops
         return op.decompose(*args)
     given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=True))
-    mesh = mesh_of(args)
+    mesh, *others = (value.device_mesh for value in args if isinstance(value, DTensor))
+    if any(other != mesh for other in others):
+        raise RuntimeError(f"{op}: all DTensors must be on one mesh, got {mesh} and {next(o for o in others if o != mesh)}")
     with torch.no_grad():
-        rows = sharded_rows(op, given)
-        results = op(*(local_argument(op, name, value, rows) for name, value in given.items()))
+        rows = sharded_rows(op, given, mesh)
         shapes = fake(*(whole(value) for value in args))
+        parts = [local_argument(op, name, value, rows) for name, value in given.items()]
+        results = shapes if mesh.get_coordinate() is None else op(*parts)
         if not isinstance(shapes, tuple):
             return results if shapes is None else assembled("", results, shapes, mesh, rows)
         names = (result.name for result in op._schema.returns)
