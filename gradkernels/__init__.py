@@ -7,7 +7,7 @@ import torch
 from gradkernels import init
 from gradkernels.convert import convert, revert, uncovered
 from gradkernels.functional import lstm
-from gradkernels.library import ArgumentError, implementations
+from gradkernels.library import ArgumentError, implementations, import_after
 from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
 from gradkernels.ops.add_layer_norm import add_layer_norm
 from gradkernels.ops.gelu import gelu
@@ -22,6 +22,8 @@ from gradkernels.watch import Coverage, Watch, watch
 
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
     import gradkernels.triton  # noqa: F401  registers its kernels
+
+import_after("torch.distributed.tensor", "gradkernels.sharding")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gradkernels.library import ON_CUDA, ArgumentError, autocast_region
+from gradkernels.library import ON_CUDA, SPREAD, ArgumentError, autocast_region
 from gradkernels.ops.lstm_cell import lstm_cell
 from gradkernels.ops.lstm_layer import lstm_layer
 
@@ -129,6 +129,8 @@ def _at_once(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """What in_turn gives, of a GPU that walks through several parts at once; None where it does not."""
     if stack.parts == 1 or not x.is_cuda or not ON_CUDA or torch.compiler.is_compiling():
+        return None
+    if any(type(tensor) in SPREAD for tensor in (x, h0, c0, *weights)):
         return None
     from gradkernels.triton.lstm_stack import side_by_side
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
-from torch.export._trace import custom_triton_ops_decomposition_disabled
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 try:
@@ -23,6 +24,8 @@ STATS = "Tensor(a!)? stats"  # in a schema: where statistics are written, or Non
 VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.grad(is_grads_batched=True)
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
+FAKES: dict[torch._ops.OpOverload, Callable | None] = {}  # every op, and the fake of those that have kernels
+SPREAD: dict[type, Callable] = {}  # classes of tensors that consist of others, and what runs an op on those: sharding.py
 TRACED: dict[torch._ops.OpOverload, Callable] = {}  # those of them that torch.compile looks into: see implement
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 NORMS_IN_FLOAT32, CELLS_IN_REGION = (  # devices on which PyTorch's own op has a rule under torch.autocast
@@ -59,6 +62,7 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._op
         plain = schema.replace(f", {STATS}", "").replace(name, f"{name}_unmeasured", 1)
         unmeasured = define_kernel(plain, lambda *args: reference(*args, None), lambda *args: fake(*args, None))
     op = define(schema)
+    FAKES[op] = fake
 
     def differentiated(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
@@ -83,7 +87,13 @@ def _trace(op: torch._ops.OpOverload, unmeasured: torch._ops.OpOverload | None, 
     one tensor, Inductor makes a tuple of one and then cannot take it apart (torch 2.13). Where they are, their table is
     marked as one that may change between a graph's forward and its backward: it does so in every backward, of any graph.
     """
+    from torch.export._trace import custom_triton_ops_decomposition_disabled  # imports torch._dynamo: a second
+
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    for tensor in tensors:
+        if type(tensor) in SPREAD:
+            with mode:
+                return SPREAD[type(tensor)](op, args)
     if op in TRACED and not custom_triton_ops_decomposition_disabled() and all(t.device.type == "cuda" for t in tensors):
         with mode:
             return TRACED[op](*args)
@@ -129,6 +139,7 @@ def implement(name: str, kernel: Callable, watch: Callable, opaque: bool = False
 def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:
     """An op made of other ops, differentiable as they are, always in Python."""
     op = define(schema)
+    FAKES[op] = None
     for key in ("CompositeImplicitAutograd", *VMAP_KEYS):
         LIBRARY.impl(schema.split("(")[0], python, key)
     return op
@@ -140,6 +151,7 @@ def define_autograd(schema: str, python: Callable, differentiable: Callable) -> 
     `differentiable` computes the same in plain PyTorch, without statistics; torch.func.vmap and forward mode run it.
     """
     op = define(schema)
+    FAKES[op] = None
     for key in VMAP_KEYS:
         LIBRARY.impl(schema.split("(")[0], differentiable, key)
     if _C is not None:
@@ -150,6 +162,36 @@ def define_autograd(schema: str, python: Callable, differentiable: Callable) -> 
 
     LIBRARY.impl(schema.split("(")[0], call, "CompositeImplicitAutograd")
     return call  # not through the dispatcher, under which torch.func could not see the Function
+
+
+class _ImportAfter:
+    """A finder that imports `module` once `trigger` has been: see import_after."""
+
+    def __init__(self, trigger: str, module: str) -> None:
+        self.trigger, self.module = trigger, module
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The module's spec as it is found anyway, with a loader that goes on to import ours."""
+        spec = PathFinder.find_spec(name, path, target) if name == self.trigger else None
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            sys.meta_path.remove(self)
+            importlib.import_module(self.module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def import_after(trigger: str, module: str) -> None:
+    """Imports `module` if `trigger` is imported, else as soon as it will be: who does not use it does not pay for it."""
+    if trigger in sys.modules:
+        importlib.import_module(module)
+    else:
+        sys.meta_path.insert(0, _ImportAfter(trigger, module))
 
 
 def in_autocast(device: str) -> bool:

@@ -50,6 +50,10 @@ def test_shared_memory_without_extension():
     run_tests("-p", "without_extension", "test_shared_memory.py")
 
 
+def test_dtensors_without_extension():
+    run_tests("-p", "without_extension", "test_dtensor.py", "-k", "test_case")
+
+
 def test_edges_and_threads_without_extension():
     """Sizes of zero, batch_sizes of any kind, and tables that several threads share."""
     run_tests("-p", "without_extension", "test_lstm_edges.py", "test_tables.py", "-k", "not float16 and not float64")

@@ -1,0 +1,71 @@
+"""Ops and layers on DTensors, in two processes that run every case of dtensor_cases.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradkernels.library import FAKES
+from gradkernels.ops import OPS
+
+if not torch.distributed.is_available():
+    pytest.skip("torch is built without torch.distributed", allow_module_level=True)
+
+from dtensor_cases import CASES
+from torch.distributed.tensor import DTensor
+
+from gradkernels.sharding import RULES
+
+TESTS = Path(__file__).parent
+OF_TABLES = {"add_row", "add_steps", "fold", "make_room", "take_steps"}
+ORDERS = {
+    "": False,
+    "import torch.distributed.tensor; ": True,
+    "import gradkernels, torch.distributed.tensor.parallel; ": True,
+}
+LOADED = "import sys, torch, gradkernels; print('{}' in sys.modules, 'gradkernels.sharding' in sys.modules)"
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """{case: traceback} of each process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    plugin = "import without_extension; " if "without_extension" in sys.modules else ""
+    start = f"{plugin}import sys; from dtensor_cases import main; main(int(sys.argv[1]), sys.argv[2])"
+    ranks = [subprocess.Popen([sys.executable, "-c", start, str(rank), str(folder)], cwd=TESTS) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [json.loads((folder / f"failed_{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(failed, case):
+    for rank, of_rank in enumerate(failed):
+        if case in of_rank:
+            pytest.fail(f"in process {rank}: {of_rank[case]}", pytrace=False)
+
+
+def test_every_op_has_a_rule():
+    assert set(RULES) == set(OPS)
+
+
+@pytest.mark.parametrize("op", FAKES, ids=str)
+def test_every_kernel_is_registered(op):
+    """All but those of tables.py, which are plain tensors."""
+    entry = torch._library.simple_registry.singleton.find(f"{op.namespace}::{op._opname}")
+    registered = entry.torch_dispatch_rules.find(DTensor) is not None
+    assert registered == (op._opname not in OF_TABLES)
+
+
+@pytest.mark.parametrize(("first", "loaded"), ORDERS.items())
+def test_loaded_when_needed(first, loaded):
+    """Importing gradkernels imports nothing of DTensor's; whichever of the two comes first, the rules are there."""
+    program = first + LOADED.format("torch.distributed.tensor")
+    done = subprocess.run([sys.executable, "-c", program], cwd=TESTS, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(loaded)] * 2
