@@ -31,7 +31,7 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 // The instruction set torch itself uses on this CPU (ATEN_CPU_CAPABILITY overrides torch's choice, and so ours).
 Isa cpu_isa();
 
-// One cell of a statistics table: the columns of gradkernels/telemetry.py, FIELDS, in that order. The square sum is
+// One cell of a statistics table: the columns of gradkernels/telemetry/fields.py, FIELDS, in that order. The square sum is
 // kept in three parts so that it neither underflows nor overflows for float64 (Blue 1978): the tiny part is of
 // elements below 2^-480, times 2^537 before they are squared; the huge part of elements above 2^480 and of those in the same
 // block, times 2^-537. Other dtypes use the middle alone.

@@ -16,8 +16,7 @@ from gradkernels.ops.lstm_cell import lstm_cell
 from gradkernels.ops.lstm_layer import lstm_layer
 from gradkernels.ops.probe import probe
 from gradkernels.ops.residual import residual, residual_add, residual_fork
-from gradkernels.telemetry import FIELDS, TIME_FIELDS, Record, new_stats, new_time_stats
-from gradkernels.time_profile import TimeProfile
+from gradkernels.telemetry import FIELDS, TIME_FIELDS, Record, TimeProfile, new_stats, new_time_stats
 from gradkernels.watch import Coverage, Watch, watch
 
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):

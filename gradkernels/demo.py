@@ -23,8 +23,7 @@ import torch
 
 from gradkernels.demo_model import CONTEXT, MODELS, PLAIN, cross_entropy, generate
 from gradkernels.library import implementations
-from gradkernels.telemetry import Record
-from gradkernels.time_profile import TimeProfile
+from gradkernels.telemetry import Record, TimeProfile
 from gradkernels.watch import Watch, watch
 
 BATCH, LEARNING_RATE, WARM_UP, CLIP = 16, 3e-3, 20, 1.0

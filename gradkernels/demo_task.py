@@ -19,7 +19,7 @@ from torch import nn
 from gradkernels import init
 from gradkernels.library import implementations
 from gradkernels.nn import LSTM
-from gradkernels.time_profile import TimeProfile
+from gradkernels.telemetry import TimeProfile
 from gradkernels.watch import Watch, watch
 
 HIDDEN, BATCH, LEARNING_RATE, CLIP = 64, 50, 5e-3, 1.0

@@ -19,9 +19,7 @@ from gradkernels.nn import LSTM, AddLayerNorm, Residual, _Measuring
 from gradkernels.nn.measuring import Hook, hooks_of
 from gradkernels.ops.probe import PORTS as PROBE_PORTS
 from gradkernels.ops.probe import measure_gradient, probe
-from gradkernels.tables import LOCK, fold, take_steps
-from gradkernels.telemetry import Record, new_stats, new_time_stats, record_of
-from gradkernels.time_profile import TimeProfile, profile_of
+from gradkernels.telemetry import LOCK, Record, TimeProfile, fold, new_stats, new_time_stats, profile_of, record_of, take_steps
 
 WRAPPERS = re.compile(r"(^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 PROBE, STREAM = "probe", "stream"

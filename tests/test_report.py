@@ -15,8 +15,7 @@ from gradkernels.diagnose import Severity, slope, slope_finding
 from gradkernels.report.flow import UNDEFINED_COLOUR, ZERO_COLOUR, flow_picture
 from gradkernels.report.terminal import COLUMNS, origin
 from gradkernels.report.time import _decades, profile_picture, time_picture
-from gradkernels.telemetry import Record
-from gradkernels.time_profile import profile_of
+from gradkernels.telemetry import Record, profile_of
 
 
 def record(site: str, norm: float, nonfinite_count: int = 0) -> Record:

@@ -13,8 +13,7 @@ import gradkernels as gk
 from gradkernels.library import _C
 from gradkernels.ops import OPS
 from gradkernels.ops.lstm_layer import lstm_layer_bwd_reference, lstm_layer_fwd_reference
-from gradkernels.tables import fold, make_room, take_steps
-from gradkernels.telemetry import FIELDS, NORMS, measure_reference
+from gradkernels.telemetry import FIELDS, NORMS, fold, make_room, measure_reference, take_steps
 
 OP = torch.ops.gradkernels
 THREADS = 4

@@ -9,7 +9,7 @@ from lstm_cases import expected_steps
 from torch import nn
 
 import gradkernels as gk
-from gradkernels.time_profile import profile_of
+from gradkernels.telemetry import profile_of
 
 
 class Net(nn.Module):

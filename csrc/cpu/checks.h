@@ -92,7 +92,7 @@ inline void check_row(const char* op, const Tensor& stats, int64_t port) {
 
 // A table of time steps: the first row is about all of them.
 inline void check_time_stats(const char* op, const Tensor& time_stats) {
-  constexpr int64_t FIELDS = 12;  // gradkernels/telemetry.py, TIME_FIELDS
+  constexpr int64_t FIELDS = 12;  // gradkernels/telemetry/fields.py, TIME_FIELDS
   check_dtype(op, "time_stats", time_stats, at::kDouble);
   TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) == FIELDS, op,
                     ": time_stats must have shape (1 + steps, fields) = (1 + steps, ", FIELDS, "), got ",

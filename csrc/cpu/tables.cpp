@@ -8,7 +8,7 @@
 
 namespace gk {
 
-// The columns of gradkernels/telemetry.py, TIME_FIELDS: norms, then what is added up.
+// The columns of gradkernels/telemetry/fields.py, TIME_FIELDS: norms, then what is added up.
 constexpr int64_t NORMS = 3;
 
 // A table of rows of cells.

@@ -5,7 +5,7 @@
 
 namespace gk {
 
-// Adds one backward call to `time_stats`, the columns of gradkernels/telemetry.py, TIME_FIELDS: `rows` holds those of its
+// Adds one backward call to `time_stats`, the columns of gradkernels/telemetry/fields.py, TIME_FIELDS: `rows` holds those of its
 // steps. Steps beyond the table are not recorded, which row 0 shows.
 void add_steps(const double* rows, int64_t num_steps, const at::Tensor& time_stats);
 

@@ -18,7 +18,7 @@ from gradkernels.library import ArgumentError, in_autocast
 from gradkernels.nn.measuring import _Measuring
 from gradkernels.ops import lstm_cell as lstm_cell_op
 from gradkernels.ops import lstm_layer as lstm_layer_op
-from gradkernels.tables import make_room
+from gradkernels.telemetry import make_room
 
 State = tuple[torch.Tensor, torch.Tensor]
 

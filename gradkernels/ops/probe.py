@@ -6,8 +6,7 @@ import torch
 
 from gradkernels.library import FLOATS, define_composite, define_kernel
 from gradkernels.nested import numbers_of
-from gradkernels.tables import LOCK
-from gradkernels.telemetry import check_stats, measure_reference, without_graph
+from gradkernels.telemetry import LOCK, check_stats, measure_reference, without_graph
 
 PORTS = ("dy",)
 SCHEMA = "probe(Tensor(a) x, Tensor? stats) -> Tensor(a)"

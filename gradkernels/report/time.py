@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gradkernels.report.flow import UNDEFINED_COLOUR, ZERO_COLOUR
-from gradkernels.time_profile import VANISHED, TimeProfile
+from gradkernels.telemetry.time_profile import VANISHED, TimeProfile
 
 DECADES = 8.0  # the colours span -DECADES to 0, always
 

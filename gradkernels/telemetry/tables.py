@@ -1,4 +1,4 @@
-"""Ops on tables of statistics: adding to them, taking what is in them, making room. Threads that share a table take turns.
+"""The tables that rows live in: new ones, checks, and the ops that write and take them. Threads that share one take turns.
 
 On a CPU the extension does all of it under one lock (csrc/threads.h), and the references here under another: no table is
 written by both, for what one has registered the other does not run. On a GPU the order is that of the stream.
@@ -11,13 +11,65 @@ import threading
 
 import torch
 
-from gradkernels.library import define_kernel
-from gradkernels.telemetry import ABS_MAX, NORMS, merge_cells
+from gradkernels.library import ArgumentError, define_kernel
+from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NORMS, NUM_CELLS, TIME_FIELDS
 
 # Guards the tables that the references write, and a tensor's list of probes.
 LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child has a copy of the lock, and not the thread that may hold it
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+
+
+def new_stats(num_ports: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """An empty statistics tensor: zeros, float64, (num_ports, cells, len(FIELDS)); 1 cell on a CPU, NUM_CELLS elsewhere."""
+    cells = 1 if torch.device(device).type == "cpu" else NUM_CELLS
+    return torch.zeros(num_ports, cells, len(FIELDS), dtype=torch.float64, device=device)
+
+
+def new_time_stats(num_steps: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Empty statistics of `num_steps` time steps: zeros, float64, (1 + num_steps, len(TIME_FIELDS)).
+
+    Row 1 + t is step t. Row 0 holds the largest number of steps of a backward call, and the number of such calls. Steps
+    beyond num_steps are not recorded, which row 0 shows.
+    """
+    return torch.zeros(1 + num_steps, len(TIME_FIELDS), dtype=torch.float64, device=device)
+
+
+def check_time_stats(op: str, time_stats: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ArgumentError or TypeError unless `time_stats` is one of `new_time_stats` on x's device."""
+    if time_stats.dtype is not torch.float64:
+        raise TypeError(f"{op}: time_stats must be float64, got {time_stats.dtype}")
+    if time_stats.dim() != 2 or time_stats.shape[0] < 1 or time_stats.shape[1] != len(TIME_FIELDS):
+        expected = f"(1 + steps, fields) = (1 + steps, {len(TIME_FIELDS)})"
+        raise ArgumentError(f"{op}: time_stats must have shape {expected}, got {tuple(time_stats.shape)}")
+    if not time_stats.is_contiguous():
+        raise ArgumentError(f"{op}: time_stats must be contiguous, got strides {time_stats.stride()}")
+    if time_stats.device != x.device:
+        raise ArgumentError(f"{op}: time_stats must be on x's device, {x.device}, got {time_stats.device}")
+
+
+def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str, ...]) -> None:
+    """Raises ArgumentError or TypeError unless `stats` is a statistics tensor for `ports` on x's device."""
+    if stats.dtype is not torch.float64:
+        raise TypeError(f"{op}: stats must be float64, got {stats.dtype}")
+    if stats.dim() != 3 or stats.shape[0] != len(ports) or stats.shape[2] != len(FIELDS):
+        expected = f"(ports, cells, fields) = ({len(ports)}, cells, {len(FIELDS)})"
+        raise ArgumentError(f"{op}: stats must have shape {expected}, got {tuple(stats.shape)}")
+    if stats.shape[1] < 1:
+        raise ArgumentError(f"{op}: stats must have a cell or more, got shape {tuple(stats.shape)}")
+    if not stats.is_contiguous():
+        raise ArgumentError(f"{op}: stats must be contiguous, got strides {stats.stride()}")
+    if stats.device != x.device:
+        raise ArgumentError(f"{op}: stats must be on x's device, {x.device}, got {stats.device}")
+
+
+def merge_cells(stats: torch.Tensor) -> torch.Tensor:
+    """The rows of a table: (..., cells, fields) -> (..., fields), always a copy."""
+    if stats.shape[-2] == 1:
+        return stats.squeeze(-2).clone()
+    rows = stats.sum(-2)
+    rows[..., ABS_MAX] = stats[..., ABS_MAX].amax(-1)
+    return rows
 
 
 def add_row_reference(row: torch.Tensor, stats: torch.Tensor, port: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradkernels.telemetry import TIME_FIELDS
+from gradkernels.telemetry.fields import TIME_FIELDS
 
 VANISHED = 1e-3  # of the largest |dc|: what `reach` calls gone
 GATES = TIME_FIELDS[TIME_FIELDS.index("input_low") : TIME_FIELDS.index("output_high") + 1]

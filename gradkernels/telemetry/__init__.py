@@ -1,0 +1,43 @@
+"""Telemetry: what the kernels measure (fields, tables), and what it is on the host (records, snapshots, history)."""
+
+from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NORMS, NUM_CELLS, SCALE, TIME_FIELDS
+from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, measured, without_graph
+from gradkernels.telemetry.records import Record, record_of
+from gradkernels.telemetry.tables import (
+    LOCK,
+    check_stats,
+    check_time_stats,
+    fold,
+    make_room,
+    merge_cells,
+    new_stats,
+    new_time_stats,
+    take_steps,
+)
+from gradkernels.telemetry.time_profile import TimeProfile, profile_of
+
+__all__ = [
+    "ABS_MAX",
+    "FIELDS",
+    "LOCK",
+    "NORMS",
+    "NUM_CELLS",
+    "SCALE",
+    "TIME_FIELDS",
+    "Record",
+    "TimeProfile",
+    "check_stats",
+    "check_time_stats",
+    "fold",
+    "make_room",
+    "measure_reference",
+    "measure_steps_reference",
+    "measured",
+    "merge_cells",
+    "new_stats",
+    "new_time_stats",
+    "profile_of",
+    "record_of",
+    "take_steps",
+    "without_graph",
+]
