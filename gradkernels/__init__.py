@@ -6,6 +6,7 @@ import torch
 
 from gradkernels import init
 from gradkernels.convert import convert, revert, uncovered
+from gradkernels.diagnose import Finding, Severity, diagnose
 from gradkernels.functional import lstm
 from gradkernels.library import ArgumentError, implementations, import_after
 from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
@@ -16,7 +17,7 @@ from gradkernels.ops.lstm_cell import lstm_cell
 from gradkernels.ops.lstm_layer import lstm_layer
 from gradkernels.ops.probe import probe
 from gradkernels.ops.residual import residual, residual_add, residual_fork
-from gradkernels.telemetry import FIELDS, TIME_FIELDS, Record, TimeProfile, new_stats, new_time_stats
+from gradkernels.telemetry import FIELDS, TIME_FIELDS, History, Record, TimeProfile, new_stats, new_time_stats
 from gradkernels.watch import Coverage, Watch, watch
 
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
@@ -33,14 +34,18 @@ __all__ = [
     "AddLayerNorm",
     "ArgumentError",
     "Coverage",
+    "Finding",
+    "History",
     "LSTMCell",
     "LayerNorm",
     "Record",
     "Residual",
+    "Severity",
     "TimeProfile",
     "Watch",
     "add_layer_norm",
     "convert",
+    "diagnose",
     "gelu",
     "implementations",
     "init",

@@ -49,7 +49,7 @@ def revert(model: nn.Module) -> nn.Module:
         remove_hooks(module)
         original, attributes = module.__dict__.pop(ORIGINAL, (None, ()))
         if original is not None:
-            for name in (*attributes, *module.stats_names()):
+            for name in (*attributes, "on_forward", *module.stats_names()):
                 module.__dict__.pop(name, None)
             module.__class__ = original
     return model

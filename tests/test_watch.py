@@ -181,7 +181,9 @@ def test_nonfinite_gradients_are_counted_and_kept_out():
     incoming = next(record for record in watch.records() if (record.site, record.port) == ("1", "dy"))
     assert incoming.nonfinite_count == 2
     assert math.isclose(incoming.square_sum, 10.0)
-    assert "NaN or infinite: 4 gradient elements; the loss handed them to 1." in str(watch)
+    (finding,) = watch.diagnose()
+    assert (finding.code, finding.site, finding.since_step) == ("NONFINITE", "1", 1)
+    assert finding.evidence == "gradients of 2 sites are NaN or infinite in step 1, the loss handed them to 1"
 
 
 def test_pause_resume_close():

@@ -18,6 +18,7 @@ class GELU(_Measuring, nn.GELU):
     PORTS, TWIN = gelu_op.PORTS, nn.GELU
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.enter(input)
         return gelu_op.gelu(input, self.approximate, stats=self.stats)
 
 
@@ -27,6 +28,7 @@ class LayerNorm(_Measuring, nn.LayerNorm):
     PORTS, TWIN = layer_norm_op.PORTS, nn.LayerNorm
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.enter(input)
         return layer_norm_op.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats)
 
 
@@ -40,6 +42,7 @@ class AddLayerNorm(_Measuring, nn.LayerNorm):
     PORTS = add_layer_norm_op.PORTS
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.enter(input)
         return add_layer_norm_op.add_layer_norm(
             input, residual, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats
         )
@@ -59,4 +62,5 @@ class Residual(_Measuring):
         self.branch = branch
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.enter(input)
         return residual_op.residual(input, self.branch, stats=self.stats)

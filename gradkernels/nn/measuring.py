@@ -9,18 +9,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 NAMESPACE = "torch.nn"  # what torch.fx takes a module's home for: it does not look into what lives there
 
 
 class Hook:
-    """A forward hook of a Watch; in a copy or a pickle of its module it does nothing, for what it serves is the original's."""
+    """A forward hook of a Watch; in a copy or a pickle of its module it does nothing, for what it serves is the original's.
 
-    def __init__(self, function: Callable) -> None:
-        self.function = function
+    function: what runs. traced: what torch.compile puts into a graph in its place, where the module is part of one.
+    """
+
+    def __init__(self, function: Callable, traced: Callable | None = None) -> None:
+        self.function, self.traced = function, traced
 
     def __call__(self, *args: Any) -> None:
-        self.function(*args)
+        if not torch.compiler.is_compiling():
+            self.function(*args)
+        elif self.traced is not None:
+            self.traced(*args)
 
     def __reduce__(self) -> tuple:
         return Hook, (_nothing,)
@@ -33,6 +40,12 @@ class Hook:
 
 def _nothing(*args: Any) -> None:
     pass
+
+
+# Where torch.compile was told to compile a single module, it would take the module's hooks for programs of their own, in which
+# the output is an input and what is done to its gradient gets lost. They run as they are; in a graph of more they are traced.
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+eval_frame.set_code_exec_strategy(Hook.__call__.__code__, _SKIP)
 
 
 def hooks_of(module: nn.Module) -> list[Hook]:
@@ -64,6 +77,7 @@ class _Measuring(nn.Module):
     PORTS: tuple[str, ...] = ()
     TWIN: type[nn.Module] | None = None
     stats: torch.Tensor | None = None
+    on_forward: Callable[[torch.Tensor], None] | None = None  # what a Watch is told of a forward, before it runs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,12 +95,17 @@ class _Measuring(nn.Module):
         return ("",)
 
     def __getstate__(self) -> dict:
-        own = set(self.stats_names())
+        own = {"on_forward", *self.stats_names()}
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def stats_names(self) -> list[str]:
         """The names of all attributes that hold statistics."""
         return [f"{kind}{part}" for kind in ("stats", "time_stats") for part in self.parts]
+
+    def enter(self, x: torch.Tensor) -> None:
+        """What every forward begins with."""
+        if self.on_forward is not None and not torch.compiler.is_compiling():
+            self.on_forward(x)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles, and leaves in the model: the twin, with the same parameters.

@@ -149,6 +149,7 @@ class LSTM(_Quantizable, _Measuring, RNNBase):
         return hx if is_batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
 
     def _run(self, input: torch.Tensor, hx: State, batch_sizes: Any, reset_mask: Any) -> tuple[torch.Tensor, ...]:
+        self.enter(input)
         weights = [getattr(self, name) for names in self._all_weights for name in names]
         args = (input, hx, weights, self.num_layers)
         kwargs = {"bias": self.bias, "dropout": self.dropout, "training": self.training, "batch_first": self.batch_first}
@@ -204,6 +205,7 @@ class LSTMCell(_Quantizable, _Measuring, nn.LSTMCell):
         tensors = (input, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if in_autocast(input.device.type):
             tensors = _widest(tensors)
+        self.enter(input)
         h, c = lstm_cell_op.lstm_cell(*tensors, stats=self.stats)
         return (h, c) if is_batched else (h.squeeze(0), c.squeeze(0))
 

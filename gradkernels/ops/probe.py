@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gradkernels.library import FLOATS, define_composite, define_kernel
@@ -32,24 +34,37 @@ def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None
 probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
 
 
-def measure_gradient(dy: torch.Tensor, stats: torch.Tensor) -> None:
-    """Adds a gradient to row 0 of `stats`."""
-    probe_bwd(without_graph(numbers_of(dy)), stats, 0)
+class GradientHook:
+    """A hook that measures the gradient of a tensor in row 0 of `stats`, as that is by then; None measures nothing.
+
+    Hooks are equal where they write to the same table.
+    """
+
+    def __init__(self, stats: torch.Tensor | None = None) -> None:
+        self.stats = stats
+
+    def __call__(self, dy: torch.Tensor | None) -> None:
+        if dy is not None and self.stats is not None:
+            dy = numbers_of(dy)
+            probe_bwd(without_graph(torch.view_as_real(dy) if dy.is_complex() else dy), self.stats, 0)
+
+    def attach(self, x: torch.Tensor) -> Any:
+        """Has the gradient of `x` measured, summed over all its uses: the hook's handle, or None where x has the hook.
+
+        No node and no view, so writing into x in place stays what it was. A tensor that meets the same hook again (a leaf
+        every step, a block's input when checkpointing runs the block again) keeps its one hook, whichever thread is first.
+        """
+        with LOCK:
+            for hook in (x._backward_hooks or {}).values():
+                if hook is self or (isinstance(hook, GradientHook) and hook.stats is self.stats is not None):
+                    return None
+            return x.register_hook(self)
 
 
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
-    """x itself, with a hook on its gradient: no node, no view, so writing into x in place stays what it was.
-
-    A tensor that meets the same probe again (a leaf every step, a block's input when checkpointing runs the block again)
-    keeps its one hook, whichever thread meets it first.
-    """
-    if stats is None or not (x.requires_grad and torch.is_grad_enabled()):
-        return x
-    with LOCK:
-        probes = x.__dict__.setdefault("_gradkernels_probes", [])
-        if not any(known is stats for known in probes):
-            x.register_hook(lambda dy: measure_gradient(dy, stats) if dy is not None else None)
-            probes.append(stats)
+    """x itself, with a hook on its gradient."""
+    if stats is not None and x.requires_grad and torch.is_grad_enabled():
+        GradientHook(stats).attach(x)
     return x
 
 

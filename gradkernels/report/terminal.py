@@ -1,129 +1,146 @@
-"""The table of `print(watch)`: verdict first, one line a site, at most 80 columns."""
+"""The table of `print(watch)`: a summary first, then the sites, at most 80 columns."""
 
 from __future__ import annotations
 
 import math
-from itertools import groupby
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Sequence
 
-from gradkernels.diagnose import slope_finding
-from gradkernels.diagnose.slope import PERSISTENCE
-from gradkernels.telemetry import Record
+from gradkernels.diagnose import RULES, Finding
+from gradkernels.diagnose.depth import PERSISTENCE
+from gradkernels.report.labels import NUMBER, short_name, site_label, wrap
+from gradkernels.telemetry import History, Record, SiteRows
 
-if TYPE_CHECKING:
-    from gradkernels.watch import Watch
-
-COLUMNS = 80
-INCOMING = ("dy", "dskip", "dbranch", "dnew_residual", "dh_next", "dc_next")
-BAR = 16  # characters for 8 decades, -4 to +4
-
-
-def verdict(slopes: list[float | None], stream: list[Record]) -> str:
-    """One or two lines: the finding of the slope rule, or that there is none."""
-    if len(stream) < 2 or not slopes or slopes[-1] is None:
-        return "No verdict: dL/dh was measured at fewer than two depths, or is zero at the last."
-    first, last = stream[0].site, stream[-1].site
-    finding = slope_finding(slopes, first, last)
-    if math.isnan(slopes[-1]):
-        number = f"dL/dh from {last} back to {first} is no longer finite"
-        if finding is None:
-            return f"No verdict: {number}."
-    else:
-        number = f"dL/dh slope {slopes[-1]:+.2f} decades from {last} back to {first}"
-    if finding is None:
-        return f"No finding: {number}." if len(slopes) >= PERSISTENCE else f"No verdict before step {PERSISTENCE}: {number}."
-    lines = [f"{finding.code} ({finding.severity.name.lower()}) since step {finding.since_step}: {number}."]
-    return "\n".join([*lines, f"Try: {finding.advice}."])
+BAR = 16  # characters
+SITE = 31
+ALIKE = 5  # so many sites that differ in numbers alone are shown each; of more, the ends and the worst
+SILENT = 6  # names of sites without a gradient before the rest is a number
 
 
-def flow_bar(decades: float) -> str:
-    """A bar from the middle (0 decades) to `decades`, clipped at -4 and +4."""
+def summary(history: History, findings: Sequence[Finding]) -> list[str]:
+    """The findings with what to try, or that there is none; a line each, of any length."""
+    if not findings:
+        steps = len(history)
+        if steps < PERSISTENCE:
+            return [f"No verdict before step {PERSISTENCE}."]
+        return [f"No finding. {len(RULES)} rules checked on {steps} steps, {len(history.stacks)} stacks."]
+    lines = []
+    for finding in findings:
+        where = f" in {finding.stack}" if finding.stack else f" at {finding.site}"
+        lines.append(f"{finding.code} ({finding.severity.name.lower()}) {finding.when}{where}: {finding.evidence}.")
+        if finding.until_step is None:
+            lines.append(f"Try: {finding.advice}.")
+    return lines
+
+
+def table(history: History, findings: Sequence[Finding], *, all: bool = False) -> str:
+    """The last finished step of a history: a summary, then a line a site, with all=False of many alike a few."""
+    if not history.snapshots:
+        return "gradkernels: no finished step yet: call watch.step() after optimizer.step()"
+    snapshot = history.snapshots[-1]
+    head = f"step {snapshot.step}"
+    if snapshot.loss is not None:
+        head += f", loss {snapshot.loss:.4f}"
+    if snapshot.learning_rates:
+        head += ", lr " + " ".join(f"{rate:.2e}" for rate in dict.fromkeys(snapshot.learning_rates))
+    text = [head, *summary(history, findings)]
+    rows = _rows(history)
+    if not rows:
+        text.append("This step measured nothing: no backward pass reached a site.")
+    silent = [site_label(site.name, site.layer) for site in history.sites if site.name not in rows]
+    if rows and silent:
+        more = f" and {len(silent) - SILENT} more" if len(silent) > SILENT and not all else ""
+        names = silent if all else silent[:SILENT]
+        text.append(f"No gradient in this step: {', '.join(names)}{more}. watch.coverage() says why.")
+    lines = [line for part in text for line in wrap(part)]
+    return "\n".join([*lines, "", *_lines(history, rows, all)] if rows else lines)
+
+
+def _rows(history: History) -> dict[str, dict[str, Record]]:
+    """The records of the last step by site and port, sites by depth."""
+    rows: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in history.records():
+        rows[record.site][record.port] = record
+    return rows
+
+
+def _lines(history: History, rows: dict[str, dict[str, Record]], all: bool) -> list[str]:
+    sites = {site.name: site for site in history.sites}
+    decades = _decades(history, rows, sites)
+    scale = max(1, math.ceil(max((abs(value) for value in decades.values() if math.isfinite(value)), default=1.0)))
+    bad = any(record.nonfinite_count for ports in rows.values() for record in ports.values())
+    zeros = any(record.zero_count for ports in rows.values() for record in ports.values())
+    outgoing = any("dx" in ports and sites[name].port != "dx" for name, ports in rows.items())
+    head = f"{'site':<{SITE + 1}}{'|dL/dh|':>9}" + (f"{'|dL/dx|':>9}" if outgoing else "")
+    head += (f"{'zeros':>6}" if zeros else "") + (f"{'bad':>6}" if bad else "")
+    lines = [(head + f" {-scale:<+{BAR // 2 - 3}d} decades {scale:>+{BAR // 2 - 4}d}").rstrip()]
+    shown = set(rows) if all else _worth_showing(rows, decades)
+    hidden = 0
+    for name, ports in rows.items():
+        if name not in shown:
+            hidden += 1
+            continue
+        if hidden:
+            lines.append(f"  … {hidden} more like these")
+            hidden = 0
+        lines.append(_line(sites[name], ports, decades.get(name), scale, (outgoing, zeros, bad)))
+    if hidden:
+        lines.append(f"  … {hidden} more like these")
+    return lines
+
+
+def _decades(history: History, rows: dict, sites: dict[str, SiteRows]) -> dict[str, float]:
+    """log10 of |dL/dh| at each site as a root mean square, relative to the last site of its stack."""
+    result = {}
+    for stack in reversed(history.stacks):
+        known = [(name, rows[name][sites[name].port]) for name in stack.sites if sites[name].port in rows.get(name, ())]
+        reference = next((record.rms for _, record in reversed(known) if record.rms), 0.0)
+        for name, record in known:
+            if reference and not record.nonfinite_count:
+                result[name] = math.log10(record.rms / reference) if record.rms else -math.inf
+    return result
+
+
+def _worth_showing(rows: dict[str, dict[str, Record]], decades: dict[str, float]) -> set[str]:
+    """Of many sites that differ in numbers alone: the first, the last, the lowest, the highest and the first that is broken."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in rows:
+        kinds[NUMBER.sub("*", name)].append(name)
+    shown: set[str] = set()
+    for names in kinds.values():
+        if len(names) <= ALIKE:
+            shown.update(names)
+            continue
+        by_size = sorted(names, key=lambda name: decades.get(name, 0.0))
+        broken = [name for name in names if any(record.nonfinite_count for record in rows[name].values())]
+        shown.update((names[0], names[-1], by_size[0], by_size[-1], *broken[-1:]))
+    return shown
+
+
+def flow_bar(decades: float, scale: int) -> str:
+    """A bar from the middle (0 decades) to `decades`, clipped at -scale and +scale."""
     half = BAR // 2
-    length = half if math.isinf(decades) else min(half, round(abs(decades) * half / 4))
+    length = half if math.isinf(decades) else min(half, round(abs(decades) * half / scale))
     return (" " * (half - length) + "<" * length if decades < 0 else " " * half) + "|" + (">" * length if decades > 0 else "")
 
 
-def table(watch: Watch) -> str:
-    """The last finished step: verdict, then a line a site; the bar is |dL/dx| relative to the last layer's, in decades."""
-    rows = watch.site_records()
-    if not rows:
-        return "gradkernels: no finished step yet: call watch.step() after optimizer.step()"
-    stream = watch.stream()
-    reference = stream[-1].norm if stream else 0.0
-    head = f"step {watch.step_count}"
-    if watch.loss is not None:
-        head += f", loss {float(watch.loss):.4f}"
-    if watch.learning_rate is not None:
-        head += f", lr {float(watch.learning_rate):.2e}"
-    lines = [head, verdict(watch.slopes(), stream)]
-    count = sum(record.nonfinite_count for _, record in rows)
-    if count:
-        lines.append(f"NaN or infinite: {count} gradient elements; {origin([record for _, record in rows])}.")
-    lines.append("")
-    lines.append(f"{'site':<32}{'|dL/dy|':>9}{'|dL/dx|':>9}{'zero':>6}{'bad':>6} {'-4  decades   +4':<{BAR + 1}}".rstrip())
-    for _, group in groupby(rows, key=lambda row: id(row[0])):
-        lines.append(_line([record for _, record in group], reference))
-    wrapped = []
-    for line in lines:
-        wrapped += _wrap(line)
-    return "\n".join(wrapped)
+def _line(site: SiteRows, ports: dict[str, Record], decades: float | None, scale: int, columns: tuple[bool, bool, bool]) -> str:
+    """One site: dL/dh, what goes out, exact zeros of dL/dh, elements that are not finite anywhere."""
+    outgoing, zeros, bad = columns
+    hidden = ports.get(site.port)
+    line = f"{short_name(site_label(site.name, site.layer), SITE):<{SITE + 1}}{_norm(hidden):>9}"
+    if outgoing:
+        line += f"{_norm(ports.get('dx') if site.port != 'dx' else None):>9}"
+    if zeros:
+        line += f"{f'{100 * hidden.zero_count / hidden.numel:.0f}%' if hidden and hidden.numel else '-':>6}"
+    if bad:
+        count = sum(record.nonfinite_count for record in ports.values())
+        line += f"{count if count < 100_000 else '>99k':>6}"
+    return f"{line} {'' if decades is None else flow_bar(decades, scale)}".rstrip()
 
 
-def origin(records: list[Record]) -> str:
-    """Where the backward pass, which runs from the last site to the first, met what is not finite first.
-
-    records: of one step, by depth. A site whose incoming gradients are finite has made it itself, or what it hands to its
-    weights; else it was made between this site and the one behind it.
-    """
-    clean = None
-    for site, group in groupby(reversed(records), key=lambda record: record.site):
-        ports = list(group)
-        incoming = [record for record in ports if record.port in INCOMING]
-        if any(record.nonfinite_count for record in incoming):
-            return f"the loss handed them to {site}" if clean is None else f"made between {clean} and {site}"
-        if any(record.nonfinite_count for record in ports):
-            return f"made in {site}"
-        clean = site
-    return "none"
-
-
-def _line(records: list[Record], reference: float) -> str:
-    """One site: what comes in and what goes out, exact zeros in what comes in, non-finite elements anywhere."""
-    ports = {record.port: record for record in records}
-    incoming = ports.get("dy") or ports.get("dskip") or records[0]
-    outgoing = ports.get("dx")
-    shown = outgoing or incoming
-    bad = sum(record.nonfinite_count for record in records)
-    zeros = f"{100 * incoming.zero_count / incoming.numel:.0f}%" if incoming.numel else "-"
-    known = reference and shown.nonfinite_count < shown.numel
-    bar = flow_bar(math.log10(shown.norm / reference) if shown.norm else -math.inf) if known else ""
-    out = _norm(outgoing) if outgoing else "-"
-    site = short_name(incoming.site, 31)
-    return f"{site:<32}{_norm(incoming):>9}{out:>9}{zeros:>6}{bad if bad < 100_000 else '>99k':>6} {bar}".rstrip()
-
-
-def _norm(record: Record) -> str:
+def _norm(record: Record | None) -> str:
     """The norm of the finite elements; of a gradient that has none, what it is."""
+    if record is None:
+        return "-"
     return "nan" if record.numel and record.nonfinite_count == record.numel else f"{record.norm:.2e}"
-
-
-def short_name(path: str, width: int) -> str:
-    """A module path that fits: names cut to their first letter from the left, then the end alone; numbers stay whole."""
-    parts = path.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) <= width:
-            break
-        parts[index] = part if part.isdigit() else part[0]
-    name = ".".join(parts)
-    return name if len(name) <= width else "…" + name[1 - width :]
-
-
-def _wrap(line: str) -> list[str]:
-    """A line broken at spaces so that it fits; rows of the table always do."""
-    parts = []
-    while len(line) > COLUMNS:
-        cut = line.rfind(" ", 0, COLUMNS + 1)
-        cut = cut if cut > 0 else COLUMNS
-        parts.append(line[:cut].rstrip())
-        line = "  " + line[cut:].lstrip()
-    return [*parts, line]

@@ -1,8 +1,10 @@
 """Telemetry: what the kernels measure (fields, tables), and what it is on the host (records, snapshots, history)."""
 
 from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NORMS, NUM_CELLS, SCALE, TIME_FIELDS
+from gradkernels.telemetry.history import History, SiteRows, Stack
 from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, measured, without_graph
 from gradkernels.telemetry.records import Record, record_of
+from gradkernels.telemetry.snapshot import Snapshot
 from gradkernels.telemetry.tables import (
     LOCK,
     check_stats,
@@ -24,7 +26,11 @@ __all__ = [
     "NUM_CELLS",
     "SCALE",
     "TIME_FIELDS",
+    "History",
     "Record",
+    "SiteRows",
+    "Snapshot",
+    "Stack",
     "TimeProfile",
     "check_stats",
     "check_time_stats",

@@ -44,7 +44,7 @@ def check_time_stats(op: str, time_stats: torch.Tensor, x: torch.Tensor) -> None
         raise ArgumentError(f"{op}: time_stats must have shape {expected}, got {tuple(time_stats.shape)}")
     if not time_stats.is_contiguous():
         raise ArgumentError(f"{op}: time_stats must be contiguous, got strides {time_stats.stride()}")
-    if time_stats.device != x.device:
+    if time_stats.device != x.device and torch.is_grad_enabled():
         raise ArgumentError(f"{op}: time_stats must be on x's device, {x.device}, got {time_stats.device}")
 
 
@@ -59,7 +59,7 @@ def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str,
         raise ArgumentError(f"{op}: stats must have a cell or more, got shape {tuple(stats.shape)}")
     if not stats.is_contiguous():
         raise ArgumentError(f"{op}: stats must be contiguous, got strides {stats.stride()}")
-    if stats.device != x.device:
+    if stats.device != x.device and torch.is_grad_enabled():
         raise ArgumentError(f"{op}: stats must be on x's device, {x.device}, got {stats.device}")
 
 

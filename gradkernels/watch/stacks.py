@@ -1,0 +1,108 @@
+"""Stacks: sites of one kind through which the same data flows in turn. Along these, and no further, gradients are compared."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from gradkernels.telemetry.history import Stack
+from gradkernels.watch.flow import Flow
+from gradkernels.watch.sites import PROBE, RESIDUAL, Site
+
+NUMBER = re.compile(r"\d+")
+
+
+def stacks_of(sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> list[Stack]:
+    """The stacks of sites, which are given by depth; module_of[k] is the number in `flow` of the module of sites[k].
+
+    Sites are of one kind where their modules have the same class and the same path but for numbers in it; layers that differ
+    in their own name alone stand in for one another where they are single so. Of the sites of a kind each stack takes those
+    that feed one another; where the flow is not known, those of one container.
+    """
+    kinds: dict[tuple, list[int]] = defaultdict(list)
+    for index, site in enumerate(sites):
+        kinds[_kind(site, own_name=True)].append(index)
+    single: dict[tuple, list[int]] = defaultdict(list)
+    for members in kinds.values():
+        if len(members) == 1:
+            single[_kind(sites[members[0]], own_name=False)].append(members[0])
+    reach = {index: flow.reaches(module_of[index]) for index in range(len(sites))} if flow.known else None
+    stacks = []
+    for members in [*(members for members in kinds.values() if len(members) > 1), *single.values()]:
+        for chain in _chains(members, sites, module_of, reach):
+            if len(chain) > 1:
+                stacks.append(_stack(chain, sites, module_of, flow))
+    return sorted(stacks, key=lambda stack: (stack.inside, [site.name for site in sites].index(stack.sites[0])))
+
+
+def _kind(site: Site, own_name: bool) -> tuple:
+    """What sites of one kind share."""
+    path = site.name if own_name else site.name.rpartition(".")[0]
+    return NUMBER.sub("*", path), type(site.module), site.role
+
+
+def _chains(
+    members: list[int], sites: Sequence[Site], module_of: Sequence[int], reach: dict[int, set[int]] | None
+) -> list[list[int]]:
+    """The members, by depth, in chains of which each feeds the next: each goes on the chain whose end is named most like it."""
+    chains: list[list[int]] = []
+    for index in members:
+        if reach is None:
+            parent = sites[index].name.rpartition(".")[0]
+            fits: Callable[[int], bool] = lambda end, parent=parent: sites[end].name.rpartition(".")[0] == parent  # noqa: E731
+        else:
+            fits = lambda end, index=index: (  # noqa: E731
+                module_of[index] in reach[end] or _follows(sites[end], sites[index])
+            )
+        open_chains = [chain for chain in chains if fits(chain[-1])]
+        if open_chains:
+            min(open_chains, key=lambda chain: _distance(sites[chain[-1]].name, sites[index].name)).append(index)
+        else:
+            chains.append([index])
+    return chains
+
+
+def _follows(earlier: Site, later: Site) -> bool:
+    """Whether two sites are layers of one LSTM, of the same direction, one above the other."""
+    return (
+        earlier.module is later.module
+        and earlier.part.endswith("_reverse") == later.part.endswith("_reverse")
+        and earlier != later
+    )
+
+
+def _distance(first: str, second: str) -> int:
+    """In how many numbers two names differ."""
+    return sum(a != b for a, b in zip(NUMBER.findall(first), NUMBER.findall(second), strict=False))
+
+
+def _stack(chain: list[int], sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> Stack:
+    """The chain as a stack. It is `inside` where its sites are layers within blocks that are sites themselves."""
+    ends = flow.ends()
+    bypassed = []
+    for index, following in pairwise(chain):
+        around = flow.reaches(module_of[index], avoiding=module_of[following])
+        bypassed.append(bool(flow.known) and bool(ends & around - {module_of[index]}))
+    members = [sites[index] for index in chain]
+    outer = {site.name for site in sites if site.role in (PROBE, RESIDUAL)}
+    inside = all(any(_is_inside(site.name, other) for other in outer) for site in members)
+    return Stack(_name([site.name for site in members]), tuple(site.name for site in members), tuple(bypassed), inside)
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name.startswith(f"{other}.")
+
+
+def _name(names: list[str]) -> str:
+    """What the names share, with a range where a number differs, or the first and the last name."""
+    pattern = NUMBER.sub("{}", names[0])
+    numbers = [NUMBER.findall(name) for name in names]
+    if any(NUMBER.sub("{}", name) != pattern for name in names):
+        return f"{names[0]} … {names[-1]}"
+    columns = list(zip(*numbers, strict=True))
+    moving = [k for k, column in enumerate(columns) if len(set(column)) > 1]
+    if len(moving) != 1:
+        return f"{names[0]} … {names[-1]}"
+    return pattern.format(*(f"{column[0]}…{column[-1]}" if k in moving else column[0] for k, column in enumerate(columns)))

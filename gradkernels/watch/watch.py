@@ -1,0 +1,314 @@
+"""Watching a model: what runs in its forwards and once a step, and what was seen."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from gradkernels.convert import convert
+from gradkernels.diagnose import Finding, diagnose
+from gradkernels.nn import _Measuring
+from gradkernels.nn.measuring import Hook, hooks_of
+from gradkernels.ops.probe import probe
+from gradkernels.telemetry import History, Record, SiteRows, Snapshot, TimeProfile
+from gradkernels.watch.coverage import Coverage, coverage
+from gradkernels.watch.flow import Flow, hidden_state
+from gradkernels.watch.sites import LAYER, PROBE, RESIDUAL, Site, sites_of
+from gradkernels.watch.stacks import stacks_of
+from gradkernels.watch.tables import Tables, values_of
+
+MAX_UNREAD = 256  # finished steps kept where they were measured, before they become history
+
+
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None) -> Watch:
+    """A Watch on `model`, whose supported layers are fused ones from here on. See Watch."""
+    return Watch(model, optimizer, sites=sites)
+
+
+class Watch:
+    """Measures, every step, the gradient that flows through each site of a model, inside its backward kernels.
+
+    model: its supported layers are swapped in place (`convert`). Where no fused op is, a probe reads the gradient of the output
+    of each block, and of each layer that is in no block, once. Call it before torch.compile traces the model.
+    optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
+    sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
+    Raises ValueError where the optimizer holds none of the model's parameters or a pattern matches nothing, RuntimeError where
+    a part of the model is watched already or nothing in it has parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None
+    ) -> None:
+        _check(model, optimizer)
+        self.model = convert(model)
+        found = sites_of(model, sites)
+        self._run = _Run(found)
+        self.sites = found
+        self._rates = _Rates(optimizer)
+        self._unread: list[tuple] = []
+        self._history = History()
+        self._describe()
+        self.step_count = 0
+        # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
+        self._end = weakref.finalize(self, _let_go, found, self._run.hooks, self._run.learning, self._rates.hooks)
+        self._end.atexit = False
+
+    def step(self, loss: torch.Tensor | float | None = None) -> None:
+        """Ends a step: what was measured since the last call becomes history, and counting starts again from zero.
+
+        Call it once per optimizer step; micro-batches before it merge. Nothing waits for the device. Raises ValueError where
+        `loss` has several elements.
+        """
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"step: loss must be one number, got a tensor of shape {tuple(loss.shape)}")
+            loss = loss.detach().to("cpu", non_blocking=True, copy=True)
+        self.step_count += 1
+        self._run.step += 1
+        self._unread.append((self.step_count, loss, self._rates.take(), *self._run.tables.take()))
+        if self._run.end_pass():
+            self.sites = [site for index in self._run.flow.order for site in self._run.of_module[index]]
+            self._describe()
+        if len(self._unread) > MAX_UNREAD:
+            self._read()
+
+    @property
+    def history(self) -> History:
+        """The finished steps, as many as fit its memory. Waits for the device where the model is on one."""
+        self._read()
+        return self._history
+
+    def records(self) -> list[Record]:
+        """The rows of the last finished step, by depth and port; rows that nothing flowed through are left out.
+
+        Empty before the first step. Waits for the device where the model is on one.
+        """
+        return self.history.records()
+
+    def stream(self) -> list[Record]:
+        """dL/dh of the last finished step, one record a site, by depth: of the fused ops on the residual stream where there
+        are two or more, else of all fused layers, else of the probes. Branches lie side by side in it: `depth_profile` has
+        them apart.
+        """
+        found = {(record.site, record.port): record for record in self.records()}
+        for role in (RESIDUAL, LAYER, PROBE):
+            own = [found[site.name, site.port] for site in self.sites if site.role == role and (site.name, site.port) in found]
+            if len(own) > 1:
+                return own
+        return own
+
+    def depth_profile(self) -> dict[str, list[Record]]:
+        """dL/dh of the last finished step along each stack: from its first site, at the input's end, to its last.
+
+        A stack is a run of modules of one kind through which the same data flows in turn; what is in different stacks is not
+        compared. Sites without a gradient are left out.
+        """
+        found = {(record.site, record.port): record for record in self.records()}
+        ports = {site.name: site.port for site in self._history.sites}
+        profile = {}
+        for stack in self._history.stacks:
+            records = [found.get((name, ports[name])) for name in stack.sites]
+            profile[stack.name] = [record for record in records if record is not None]
+        return profile
+
+    def time_profile(self, site: str | None = None) -> list[TimeProfile]:
+        """The gradient over the time steps of the last finished step: one TimeProfile for each layer and direction of each
+        LSTM, of those of the site or module `site` alone where it is given; by depth. Empty before the first step.
+
+        Raises ValueError where no LSTM has that name.
+        """
+        lstms = [own for own in self.sites if own.time_stats is not None]
+        modules = {own.name: own.name.removesuffix(own.part.replace("_l", ".l", 1)) for own in lstms}
+        if site is not None and site not in {*modules, *modules.values()}:
+            raise ValueError(f"time_profile: site must be one of {sorted({*modules, *modules.values()})}, got {site!r}")
+        profiles = self.history.time_profiles()
+        return [profile for profile in profiles if site in (None, profile.site, modules[profile.site])]
+
+    def diagnose(self) -> list[Finding]:
+        """What the rules conclude from the history, the worst first."""
+        return diagnose(self.history)
+
+    def coverage(self) -> Coverage:
+        """What is watched and what is not, as it is now."""
+        return coverage(self.model, self._run.tables.sites, self.history, self.step_count, self._run.flow)
+
+    def pause(self) -> None:
+        """Stops measuring until `resume()`: the kernels run as if telemetry had never been written."""
+        if self._end.alive:
+            self._run.tables.pause()
+
+    def resume(self) -> None:
+        """Measures again after `pause()`. Raises RuntimeError after `close()`."""
+        if not self._end.alive:
+            raise RuntimeError("resume: this Watch was closed: gk.watch(model) begins anew")
+        self._run.tables.resume()
+
+    def close(self) -> None:
+        """Ends the watching: no probes, no statistics. Fused layers stay; `gk.revert(model)` takes them back.
+
+        A Watch that is no longer referred to closes itself.
+        """
+        self._end()
+
+    def table(self, all: bool = False) -> str:
+        """The last finished step as text: a summary, then the sites; with `all` every one of them in a line of its own."""
+        from gradkernels.report.terminal import table
+
+        return table(self.history, self.diagnose(), all=all)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __deepcopy__(self, memo: dict) -> Watch:
+        """Itself: a copy of what holds a Watch refers to the one there is, and the copy of a watched model is not watched."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Watch cannot be pickled, for it belongs to a model in this process: save watch.history.write(path)")
+
+    def _describe(self) -> None:
+        """Tells the history what is known by now of the order of sites and of their stacks."""
+        first = self._run.tables.first
+        self._history.sites = [
+            SiteRows(site.name, type(site.module).__name__, site.role, site.ports, site.port, first[site])
+            for site in self.sites
+        ]
+        self._history.stacks = stacks_of(self.sites, [self._run.number[site.module] for site in self.sites], self._run.flow)
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
+        self._run.tables.synchronize()
+        for step, loss, rates, taken, times in self._unread:
+            values = values_of(taken, self._run.tables.num_rows)
+            time_values = {name: rows.cpu().numpy() for name, rows in times}
+            loss = None if loss is None else float(loss)
+            self._history.append(Snapshot(step, loss, tuple(float(rate) for rate in rates), values, time_values))
+        self._unread.clear()
+
+
+class _Run:
+    """What the hooks on a model refer to: its sites, where they write, and what is learned of the flow between them."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.tables = Tables(sites)
+        modules = list(dict.fromkeys(site.module for site in sites))
+        self.number = {module: index for index, module in enumerate(modules)}
+        self.of_module = [[site for site in sites if site.module is module] for module in modules]
+        self.flow = Flow(len(modules))
+        self.step = 1  # the one that is measured now
+        self.hooks: list[Any] = []
+        self.learning: list[Any] = []  # handles of the hooks that are there to learn the flow
+        for index, module in enumerate(modules):
+            if isinstance(module, _Measuring):
+                module.__dict__["on_forward"] = self._on_forward(index)
+            else:
+                self.hooks.append(module.register_forward_hook(self._probe_hook(index)))
+        self._learn()
+
+    def _learn(self) -> None:
+        for index, (site, *_) in enumerate(self.of_module):
+            note = lambda module, args, output, index=index: self.flow.note(index, output)  # noqa: E731
+            self.learning.append(site.module.register_forward_hook(Hook(note)))
+
+    def end_pass(self) -> bool:
+        """Learns from the step that ended; whether the order or the stacks may have changed."""
+        if not self.learning:
+            if not any(site.last_run and self.number[site.module] not in self.flow.known for site in self.tables.sites):
+                return False
+            self.flow.passes_left = 1
+            self._learn()
+            return False
+        left = self.flow.passes_left
+        self.flow.end_pass()
+        changed = self.flow.passes_left != left
+        if changed and (len(self.flow.known) == len(self.of_module) or self.flow.passes_left <= 0):
+            for handle in self.learning:
+                handle.remove()
+            self.learning.clear()
+        return changed
+
+    def _ran(self, index: int, device: torch.device) -> None:
+        for site in self.of_module[index]:
+            site.last_run = self.step
+        site = self.of_module[index][0]
+        if site.device != device and self.tables.measuring:
+            self.tables.follow(site.module, device)
+
+    def _on_forward(self, index: int) -> Callable[[torch.Tensor], None]:
+        return lambda x: self._ran(index, x.device)
+
+    def _probe_hook(self, index: int) -> Hook:
+        site = self.of_module[index][0]
+
+        def measure(module: nn.Module, args: Any, output: Any) -> None:
+            h = hidden_state(output)
+            if h is None or not torch.is_grad_enabled():
+                site.last_run = self.step
+                return
+            self._ran(index, h.device)
+            if site.stats is not None:
+                handle = site.hook.attach(h)
+                if handle is not None and h.is_leaf:
+                    site.kept.append(handle)
+
+        def trace(module: nn.Module, args: Any, output: Any) -> None:
+            h = hidden_state(output)
+            if h is not None and site.stats is not None and h.is_floating_point():
+                probe(h, stats=site.stats)
+
+        return Hook(measure, trace)
+
+
+class _Rates:
+    """The learning rates of an optimizer as its last step used them: a scheduler changes them before the Watch looks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._optimizer = optimizer
+        self._used: list[list] = []
+        used = self._used
+        note = lambda optimizer, args, kwargs: used.__setitem__(slice(None), [_rates(optimizer)])  # noqa: E731
+        self.hooks = [optimizer.register_step_pre_hook(note)] if optimizer is not None else []
+
+    def take(self) -> list:
+        """Those of the step that ended; where the optimizer has not stepped since the last call, as they are."""
+        if self._optimizer is None:
+            return []
+        return self._used.pop() if self._used else _rates(self._optimizer)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [rate.detach().clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    for name, module in model.named_modules():
+        if _is_watched(module):
+            raise RuntimeError(
+                f"watch: {name or 'model'} is watched already: close() that Watch first, or gk.revert(model) where it is out "
+                "of reach; for models that share a part, watch one module that holds them both"
+            )
+    own = {id(parameter) for parameter in model.parameters()}
+    if not own:
+        raise RuntimeError("watch: model has no parameters, so nothing in it learns")
+    if optimizer is not None and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("watch: optimizer must hold parameters of model, got one that holds none of them")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    names = module.stats_names() if isinstance(module, _Measuring) else ()
+    return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in ("on_forward", *names))
+
+
+def _let_go(sites: list[Site], *handles: list[Any]) -> None:
+    """Ends the measuring of sites, and takes hooks off."""
+    for site in sites:
+        site.let_go()
+    for handle in chain(*handles):
+        handle.remove()
