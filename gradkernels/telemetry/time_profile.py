@@ -77,12 +77,12 @@ class TimeProfile:
         return float(np.polyfit(lags, np.log10(dc[lags]), 1)[0]) if lags.size > 1 else math.nan
 
 
-def profile_of(site: str, part: str, time_stats: torch.Tensor) -> TimeProfile | None:
-    """The TimeProfile in a tensor of `new_time_stats`, None where no backward has written to it.
+def profile_of(site: str, part: str, time_stats: torch.Tensor | np.ndarray) -> TimeProfile | None:
+    """The TimeProfile in a CPU tensor, or its array, of `new_time_stats`, None where no backward has written to it.
 
     part: "_l<layer>", and "_reverse" after it for that direction.
     """
-    rows = time_stats.cpu().numpy()
+    rows = np.asarray(time_stats)
     steps = int(rows[0, 0])
     if steps == 0:
         return None

@@ -79,7 +79,7 @@ def sites_of(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Si
     fused = {module for module in names if isinstance(module, _Measuring)}
     if patterns is None:
         chosen = fused | set(_probed(model, False))
-        if not chosen or chosen == {module for module in fused if not _has_parameters(module)}:
+        if _has_parameters(model) and not any(_has_parameters(module) for module in chosen):
             chosen = chosen | {model}
     else:
         chosen = set()
@@ -88,6 +88,8 @@ def sites_of(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Si
             if not found:
                 raise ValueError(f"watch: sites must match modules of the model, got {pattern!r}, which matches none")
             chosen |= found
+    if not chosen:
+        raise RuntimeError("watch: model has no parameters and no layer with a fused kernel: there is nothing to measure")
     fallback = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     result = []
     for module, (name, path) in names.items():

@@ -38,7 +38,7 @@ class Watch:
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
     Raises ValueError where the optimizer holds none of the model's parameters or a pattern matches nothing, RuntimeError where
-    a part of the model is watched already or nothing in it has parameters.
+    a part of the model is watched already or there is nothing to measure in it.
     """
 
     def __init__(
@@ -295,8 +295,6 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
                 "of reach; for models that share a part, watch one module that holds them both"
             )
     own = {id(parameter) for parameter in model.parameters()}
-    if not own:
-        raise RuntimeError("watch: model has no parameters, so nothing in it learns")
     if optimizer is not None and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("watch: optimizer must hold parameters of model, got one that holds none of them")
 
