@@ -64,10 +64,7 @@ def draw_flow(figure: object, axes: object, history: History, findings: Sequence
 
 def _colour_values(profile: Profile) -> np.ndarray:
     """Decades by site and step, clipped, UNDER for exactly 0, NaN for what is not known."""
-    reference = np.array(
-        [values[np.isfinite(values)][-1] if np.isfinite(values).any() else np.nan for values in profile.decades]
-    )
-    values = np.clip(profile.decades - reference[:, None], -DECADES, DECADES)
+    values = np.clip(profile.decades, -DECADES, DECADES)  # 0 at the last site that has a gradient
     values[(profile.decades == ZERO) | (profile.rms == 0)] = UNDER
     return values.T
 
