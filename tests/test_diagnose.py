@@ -21,8 +21,15 @@ def only(history):
 @pytest.mark.parametrize(("sign", "code"), [(-1, "VANISHING"), (1, "EXPLODING")])
 @pytest.mark.parametrize(
     ("size", "severity"),
-    [(0.99, None), (1.01, Severity.NOTE), (1.49, Severity.NOTE), (1.51, Severity.WARNING), (2.99, Severity.WARNING)]
-    + [(3.01, Severity.ERROR), (12.0, Severity.ERROR)],
+    [
+        (0.99, None),
+        (1.01, Severity.NOTE),
+        (1.49, Severity.NOTE),
+        (1.51, Severity.WARNING),
+        (2.99, Severity.WARNING),
+        (3.01, Severity.ERROR),
+        (12.0, Severity.ERROR),
+    ],
 )
 def test_grades(sign, code, size, severity):
     finding = only(history_of([decades(sign * size, sign * size / 2, 0.0)] * 3))

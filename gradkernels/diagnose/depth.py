@@ -18,13 +18,16 @@ PERSISTENCE = 3  # steps in a row before anything is said
 ZERO_PERSISTENCE = 10  # the same for a gradient that is exactly 0: layers that start at zero pass nothing on in the first steps
 ZERO = -20.0  # decades, for a gradient of exactly 0 behind one that is not
 
+# Decades that a layer of this class takes by construction, at PyTorch's initialisation: its gates are half open. Measured at
+# hidden sizes 32 to 256 and 12 to 50 time steps, before and after training: 0.6 to 0.8, 0.3 to 0.5.
+GATED = {"LSTM": 0.8, "GRU": 0.5}
 NORMS = ("LayerNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "RMSNorm")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A stack over the steps: arrays (steps, sites). decades: log10 of the root mean square of dL/dh, less what sizes explain,
-    0 at the last site; NaN where there is no gradient, or none that is finite. broken: whether elements are not finite."""
+    """A stack over the steps: arrays (steps, sites). decades: log10 of the root mean square of dL/dh, less what sizes and gates
+    explain, 0 at the last site; NaN where there is no gradient, or none that is finite. broken: whether elements are not finite."""
 
     stack: Stack
     steps: np.ndarray
@@ -41,7 +44,8 @@ def profiles(history: History) -> list[Profile]:
     for stack in history.stacks:
         rms, size, broken = _gather(history, [sites[name] for name in stack.sites])
         if (np.isfinite(rms).sum(1) >= 2).any():
-            found.append(Profile(stack, steps, _decades(rms, size), rms, broken))
+            allowed = np.array([GATED.get(sites[name].layer, 0.0) for name in stack.sites])
+            found.append(Profile(stack, steps, _decades(rms, size, allowed), rms, broken))
     return found
 
 
@@ -53,7 +57,7 @@ def _gather(history: History, sites: list[SiteRows]) -> tuple[np.ndarray, np.nda
     return np.where(broken, np.nan, np.stack(columns["rms"], 1)), size, broken
 
 
-def _decades(rms: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _decades(rms: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """See Profile. Between neighbours that differ in size, the change nearest to 0 between that of the root mean square and
     that of the norm."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -69,7 +73,8 @@ def _decades(rms: np.ndarray, size: np.ndarray) -> np.ndarray:
                 following = known[place + 1]
                 change = value[index] - value[following]
                 other = change + (count[index] - count[following]) / 2
-                level += 0.0 if change * other < 0 else min(change, other, key=abs)
+                change = 0.0 if change * other < 0 else min(change, other, key=abs)
+                level += min(0.0, change + allowed[following]) if change < 0 else change
             result[step, index] = level
         first = known[0] if known.size else 0
         result[step, :first][np.isneginf(value[:first])] = ZERO  # exactly 0 in front of all others: nothing gets through

@@ -29,6 +29,7 @@ class Flow:
         self.order = list(range(count))  # by depth
         self.known: set[int] = set()  # modules that have run with gradients
         self._mark = object()  # in a node's metadata: the modules whose output it made, inner ones first
+        self.complete = False  # whether all modules were in the last pass
         self.passes_left = PASSES
         self._start_pass()
 
@@ -81,11 +82,12 @@ class Flow:
         again = [index for index in self._runs if index in self._run_again]
         for previous, index in pairwise(again):
             self._found[index] = self._found[index] or {previous}
-        complete = self.known <= set(self._found)
+        superset = self.known <= set(self._found)
         new = not self.known >= set(self._found)
         for index, before in self._found.items():
-            self.before[index] = before if complete else self.before[index] | before
+            self.before[index] = before if superset else self.before[index] | before
         self.known |= set(self._found)
+        self.complete = len(self._found) == len(self.before)
         self.order = self._by_depth()
         self.passes_left -= 1
         self._start_pass()

@@ -20,6 +20,7 @@ PROBE, RESIDUAL, LAYER = "probe", "residual", "layer"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MANY_LAYERS = 4  # of one class in a container: a chain worth looking into, also inside a block
 HEAD = 4096  # outputs from which on a Linear that widens fourfold is taken for a vocabulary's: too large to read for nothing
+NUMBER = re.compile(r"\d+")
 WRAPPED = re.compile(r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module")
 WRAPPER = re.compile(r"Parallel|AveragedModel|Engine")  # in the class names of those that call their model `module`
 
@@ -133,11 +134,14 @@ def _probed(module: nn.Module, in_block: bool) -> Iterator[nn.Module]:
     A block is one of several modules of a class side by side that have layers inside. Inside a block no layer is read, but the
     blocks of a container, and chains of MANY_LAYERS.
     """
-    children = [child for child in module.children() if _has_parameters(child)]
-    classes = Counter(type(child) for child in children)
+    children = {name: child for name, child in module.named_children() if _has_parameters(child)}
+    classes = Counter(type(child) for child in children.values())
+    named_alike = Counter((NUMBER.sub("", name), type(child)) for name, child in children.items())
     listed = isinstance(module, CONTAINERS)
-    for child in children:
+    for name, child in children.items():
         same = classes[type(child)]
+        if same == 2 and not listed and named_alike[NUMBER.sub("", name), type(child)] == 1:
+            same = 1  # an encoder and a decoder, two towers
         if type(child) in CONTAINERS:
             yield from _probed(child, in_block)
         elif isinstance(child, _Measuring):

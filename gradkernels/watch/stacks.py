@@ -11,6 +11,7 @@ from gradkernels.telemetry.history import Stack
 from gradkernels.watch.flow import Flow
 from gradkernels.watch.sites import PROBE, RESIDUAL, Site
 
+FEW = 3  # sites of one class, each with a name of its own: two of them (an encoder and a decoder) make a stack only alone
 NUMBER = re.compile(r"\d+")
 
 
@@ -30,9 +31,9 @@ def stacks_of(sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> li
             single[_kind(sites[members[0]], own_name=False)].append(members[0])
     reach = {index: flow.reaches(module_of[index]) for index in range(len(sites))} if flow.known else None
     stacks = []
-    for members in [*(members for members in kinds.values() if len(members) > 1), *single.values()]:
+    for members, least in [*((members, 2) for members in kinds.values()), *((members, FEW) for members in single.values())]:
         for chain in _chains(members, sites, module_of, reach):
-            if len(chain) > 1:
+            if len(chain) >= least or (not stacks and len(chain) > 1):
                 stacks.append(_stack(chain, sites, module_of, flow))
     return sorted(stacks, key=lambda stack: (stack.inside, [site.name for site in sites].index(stack.sites[0])))
 

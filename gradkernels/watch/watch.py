@@ -227,7 +227,7 @@ class _Run:
         left = self.flow.passes_left
         self.flow.end_pass()
         changed = self.flow.passes_left != left
-        if changed and (len(self.flow.known) == len(self.of_module) or self.flow.passes_left <= 0):
+        if changed and (self.flow.complete or self.flow.passes_left <= 0):
             for handle in self.learning:
                 handle.remove()
             self.learning.clear()
