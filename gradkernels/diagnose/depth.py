@@ -26,8 +26,11 @@ NORMS = ("LayerNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", 
 
 @dataclass(frozen=True)
 class Profile:
-    """A stack over the steps: arrays (steps, sites). decades: log10 of the root mean square of dL/dh, less what sizes and gates
-    explain, 0 at the last site; NaN where there is no gradient, or none that is finite. broken: whether elements are not finite."""
+    """A stack over the steps: arrays (steps, sites).
+
+    decades: log10 of the root mean square of dL/dh, less what sizes and gates explain, 0 at the last site; NaN where there is
+    no gradient, or none that is finite. broken: whether elements are not finite.
+    """
 
     stack: Stack
     steps: np.ndarray

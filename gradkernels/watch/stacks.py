@@ -20,7 +20,7 @@ def stacks_of(sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> li
 
     Sites are of one kind where their modules have the same class and the same path but for numbers in it; layers that differ
     in their own name alone stand in for one another where they are single so. Of the sites of a kind each stack takes those
-    that feed one another; where the flow is not known, those of one container.
+    that feed one another; where the flow is not known, those whose names differ in one number.
     """
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for index, site in enumerate(sites):
@@ -51,8 +51,7 @@ def _chains(
     chains: list[list[int]] = []
     for index in members:
         if reach is None:
-            parent = sites[index].name.rpartition(".")[0]
-            fits: Callable[[int], bool] = lambda end, parent=parent: sites[end].name.rpartition(".")[0] == parent  # noqa: E731
+            fits: Callable[[int], bool] = lambda end, index=index: _distance(sites[end].name, sites[index].name) == 1  # noqa: E731
         else:
             fits = lambda end, index=index: (  # noqa: E731
                 module_of[index] in reach[end] or _follows(sites[end], sites[index])
