@@ -10,6 +10,7 @@ import gradkernels as gk
 from gradkernels.diagnose import RULES, Severity, diagnose
 from gradkernels.diagnose.nonfinite import origin
 from gradkernels.telemetry import Record
+from gradkernels.telemetry.records import norms_of, record_of
 
 
 def only(history):
@@ -190,6 +191,15 @@ def test_a_history_is_bounded():
         history.append(history_of([decades(0.0, 0.0)] * step).snapshots[-1])
     assert (len(history), list(history.steps[[0, -1]])) == (10, [90, 99])
     assert history.column("rms", "layers.0").shape == (10,)
+
+
+@pytest.mark.parametrize(
+    "row", [(64, 1, 9.0, 0.0, 0.0, 1.0, 0, 0), (64, 1, 0.0, 5.0, 7.0, 1.0, 3, 0), (4, 2, 0, 0, 0, 0, 4, 0)]
+)
+def test_columns_are_those_of_records(row):
+    record = record_of("site", "dy", row)
+    assert norms_of(np.array([row]))[0] == pytest.approx(record.norm, rel=1e-15, abs=0)
+    assert norms_of(np.array([row]), rms=True)[0] == pytest.approx(record.rms, rel=1e-15, abs=0)
 
 
 def test_every_rule_is_in_the_list_once():

@@ -12,7 +12,7 @@ from typing import TextIO
 import numpy as np
 
 from gradkernels.telemetry.fields import FIELDS
-from gradkernels.telemetry.records import Record, record_of
+from gradkernels.telemetry.records import Record, norms_of, record_of
 from gradkernels.telemetry.snapshot import Snapshot
 from gradkernels.telemetry.time_profile import TimeProfile, profile_of
 
@@ -91,15 +91,10 @@ class History:
         offset = rows.ports.index(port or rows.port) if (port or rows.port) in rows.ports else None
         if offset is None:
             raise KeyError(f"history: {site} has the ports {rows.ports}, got {port!r}")
-        return np.array([self._value(snapshot, field, rows, offset) for snapshot in self.snapshots])
-
-    def _value(self, snapshot: Snapshot, field: str, site: SiteRows, offset: int) -> float:
-        row = site.first + offset
-        if row >= len(snapshot.values) or not snapshot.values[row, 1]:
-            return np.nan
-        if field in FIELDS:
-            return snapshot.values[row, FIELDS.index(field)]
-        return getattr(record_of(site.name, site.ports[offset], snapshot.values[row]), field)
+        values = [snapshot.values[rows.first + offset] for snapshot in self.snapshots]
+        values = np.array(values).reshape(len(values), len(FIELDS))
+        column = values[:, FIELDS.index(field)] if field in FIELDS else norms_of(values, rms=field == "rms")
+        return np.where(values[:, FIELDS.index("observation_count")] > 0, column, np.nan)
 
     def _site(self, name: str) -> SiteRows:
         for site in self.sites:
@@ -114,7 +109,7 @@ class History:
         for site in self.sites if snapshot is not None else ():
             for offset, port in enumerate(site.ports):
                 row = site.first + offset
-                if row < len(snapshot.values) and snapshot.values[row, 1]:
+                if snapshot.values[row, 1]:
                     result.append(record_of(site.name, port, snapshot.values[row]))
         return result
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from gradkernels.telemetry.fields import SCALE
 
 
@@ -33,6 +35,14 @@ class Record:
         """Root mean square of the finite elements; 0 where there are none."""
         finite = self.numel - self.nonfinite_count
         return self.norm / math.sqrt(finite) if finite else 0.0
+
+
+def norms_of(rows: np.ndarray, rms: bool = False) -> np.ndarray:
+    """The norms, or root mean squares, of many rows, (..., len(FIELDS)) -> (...), as record_of has them."""
+    numel, _, middle, tiny, huge, _, nonfinite, _ = np.moveaxis(rows, -1, 0)
+    with np.errstate(over="ignore"):
+        norm = np.hypot(np.hypot(np.sqrt(tiny) / SCALE, np.sqrt(middle)), np.sqrt(huge) * SCALE)
+    return norm / np.sqrt(np.maximum(numel - nonfinite, 1.0)) if rms else norm
 
 
 def record_of(site: str, port: str, row: Sequence[float]) -> Record:

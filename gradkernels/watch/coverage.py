@@ -52,7 +52,7 @@ def coverage(model: nn.Module, sites: Iterable[Site], history: History, step: in
     sites = list(sites)
     seen = {record.site for record in history.records()}
     now = names_of(model)
-    silent = [(site.name, _why_silent(site, now, step, site.name in seen)) for site in sites]
+    silent = [(site.name, _why_silent(site, now, step, site.name in seen, bool(flow.known))) for site in sites]
     return Coverage(
         tuple(site.name for site in sites if site.role != PROBE),
         tuple(site.name for site in sites if site.role == PROBE),
@@ -63,12 +63,14 @@ def coverage(model: nn.Module, sites: Iterable[Site], history: History, step: in
     )
 
 
-def _why_silent(site: Site, now: dict, step: int, seen: bool) -> str:
+def _why_silent(site: Site, now: dict, step: int, seen: bool, runs_known: bool) -> str:
     """Why a site shows nothing, empty where it does, or where no step is finished."""
     if site.module not in now:
         return "its module is no longer in the model"
     if seen or not step:
         return ""
+    if not runs_known:
+        return "no gradient came back to it; whether it ran cannot be seen inside a compiled graph"
     if site.last_run < step:
         return "did not run" if not site.last_run else f"did not run since step {site.last_run}"
     parameters = list(site.module.parameters())

@@ -152,7 +152,7 @@ def tensors_of(value: Any) -> Iterable[torch.Tensor]:
 
 def hidden_state(value: Any) -> torch.Tensor | None:
     """The tensor that a module hands on: the first in its output that a gradient can come back to."""
-    for tensor in tensors_of(value):
+    for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_of(value):
         if tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
     return None

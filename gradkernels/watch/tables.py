@@ -27,6 +27,7 @@ class Tables:
         for site in self.sites:
             self.first[site] = self.num_rows
             self.num_rows += len(site.ports)
+        self._timed = [site for site in self.sites if isinstance(site.module, LSTM)]
         self._left: Taken = []  # by tables that a model has moved away from, since the last take
         self._tables: list[tuple[list[int], torch.Tensor]] = []
         self.measuring = True
@@ -79,8 +80,8 @@ class Tables:
         for rows, table in self._tables:
             if not table.is_meta:
                 taken.append((rows, fold(table).to("cpu", non_blocking=True)))
-        timed = [site for site in self.sites if site.time_stats is not None and not site.time_stats.is_meta]
-        return taken, [(site.name, take_steps(site.time_stats)) for site in timed]
+        timed = [(site.name, site.time_stats) for site in self._timed if not site.time_stats.is_meta]
+        return taken, [(name, take_steps(time_stats)) for name, time_stats in timed]
 
     def synchronize(self) -> None:
         """Waits until the copies that `take` has begun are there."""

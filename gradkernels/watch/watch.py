@@ -203,6 +203,7 @@ class _Run:
         self.flow = Flow(len(modules))
         self.step = 1  # the one that is measured now
         self.hooks: list[Any] = []
+        self.unseen: set[int] = set()  # modules that have not run when the learning ended
         self.learning: list[Any] = []  # handles of the hooks that are there to learn the flow
         for index, module in enumerate(modules):
             if isinstance(module, _Measuring):
@@ -219,7 +220,7 @@ class _Run:
     def end_pass(self) -> bool:
         """Learns from the step that ended; whether the order or the stacks may have changed."""
         if not self.learning:
-            if not any(site.last_run and self.number[site.module] not in self.flow.known for site in self.tables.sites):
+            if not any(self.of_module[index][0].last_run for index in self.unseen):
                 return False
             self.flow.passes_left = 1
             self._learn()
@@ -231,27 +232,30 @@ class _Run:
             for handle in self.learning:
                 handle.remove()
             self.learning.clear()
+            self.unseen = set(range(len(self.of_module))) - self.flow.known
         return changed
 
-    def _ran(self, index: int, device: torch.device) -> None:
-        for site in self.of_module[index]:
-            site.last_run = self.step
-        site = self.of_module[index][0]
-        if site.device != device and self.tables.measuring:
-            self.tables.follow(site.module, device)
-
     def _on_forward(self, index: int) -> Callable[[torch.Tensor], None]:
-        return lambda x: self._ran(index, x.device)
+        sites = self.of_module[index]
+
+        def ran(x: torch.Tensor) -> None:
+            for site in sites:
+                site.last_run = self.step
+            if sites[0].device != x.device and self.tables.measuring:
+                self.tables.follow(sites[0].module, x.device)
+
+        return ran
 
     def _probe_hook(self, index: int) -> Hook:
         site = self.of_module[index][0]
 
         def measure(module: nn.Module, args: Any, output: Any) -> None:
+            site.last_run = self.step
             h = hidden_state(output)
-            if h is None or not torch.is_grad_enabled():
-                site.last_run = self.step
+            if h is None or site.stats is None or not torch.is_grad_enabled():
                 return
-            self._ran(index, h.device)
+            if site.device != h.device:
+                self.tables.follow(module, h.device)
             if site.stats is not None:
                 handle = site.hook.attach(h)
                 if handle is not None and h.is_leaf:
