@@ -1,4 +1,4 @@
-"""Where a Watch reads the gradient: every model that trains, whatever its blocks return, wherever it moves, whatever is done to it."""
+"""Where a Watch reads the gradient: every model that trains, whatever its blocks return, wherever it moves."""
 
 import copy
 import math

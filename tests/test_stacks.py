@@ -1,4 +1,4 @@
-"""Depth is a graph: healthy models of many shapes stay silent, and what is wrong is found in the right stack, at the right place."""
+"""Depth is a graph: healthy models of many shapes stay silent; what is wrong is found in the right stack and place."""
 
 import pytest
 import torch
