@@ -11,7 +11,18 @@ import torch
 
 from benchmarks import harness
 
-MODULES = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "row_lengths", "values", "step")
+MODULES = (
+    "gelu",
+    "layer_norm",
+    "add_layer_norm",
+    "residual",
+    "lstm_layer",
+    "lstm_cell",
+    "row_lengths",
+    "values",
+    "watch",
+    "step",
+)
 BASES = {"ratio_to_eager": "eager", "ratio_to_normal_values": "normal values"}
 
 
@@ -20,6 +31,9 @@ def show(line: dict) -> None:
     what = f"{line['op']:<22}{line['implementation']:<24}{line['dtype']:<10}{'x'.join(map(str, line['shape'])):<11}"
     if "failed" in line:
         print(f"{what}FAILED: {line['failed']}", flush=True)
+        return
+    if "microseconds" in line:
+        print(f"{what}{line['microseconds']['median']:.0f} us", flush=True)
         return
     base = next(key for key in BASES if key in line)
     ratio = line[base]

@@ -93,6 +93,22 @@ def value_rows(lines: list[dict]) -> list[str]:
     return table(f"| backward / with ordinary values | dtype | {' | '.join(kinds)} |", rows)
 
 
+def watch_rows(lines: list[dict]) -> list[str]:
+    """One row a model: its step with probes against without; then what `watch.step()` takes."""
+    rows = []
+    for line in lines:
+        if line["implementation"] == "probes":
+            ratio, shape = line["ratio_to_eager"], " x ".join(map(str, line["shape"]))
+            name = line["op"].removeprefix("watch ")
+            rows.append(f"| {name} on {shape} | {ratio['median']:.3f} | {ratio['p20']:.3f} to {ratio['p80']:.3f} |")
+        elif "microseconds" in line:
+            time = line["microseconds"]
+            rows.append(
+                f"| watch.step(), {line['implementation']} | {time['median']:.0f} us | {time['p20']:.0f} to {time['p80']:.0f} us |"
+            )
+    return table("| watch: forward and backward, watched / converted | median | p20 to p80 |", rows)
+
+
 def shape_rows(lines: list[dict]) -> list[str]:
     """One row a shape of the LSTM's ops, with the share of one large product's rate that eager and we reach."""
     eager = {key(line): line for line in lines if line["implementation"] == "eager"}
@@ -159,7 +175,7 @@ def details() -> str:
             "| ours / a product's rate |",
             shape_rows(lines),
         )
-        text += [*length_rows(lines), *value_rows(lines)]
+        text += [*length_rows(lines), *value_rows(lines), *watch_rows(lines)]
         text += step_table(lines)
     return "\n".join(text).strip()
 

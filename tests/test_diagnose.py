@@ -165,9 +165,10 @@ def test_a_history_of_a_file_is_the_live_one(tmp_path):
     history = history_of(
         [decades(-2.0, None, 0.0)] * 5, bad={(4, 0)}, bypassed=[True, False], losses=[1.0, math.nan, math.inf, None, 0.25]
     )
+    history.layers = ("Block", "Linear")
     history.write(tmp_path / "stats.jsonl")
     read = gk.History.read(tmp_path / "stats.jsonl")
-    assert (read.sites, read.stacks) == (history.sites, history.stacks)
+    assert (read.sites, read.stacks, read.layers) == (history.sites, history.stacks, history.layers)
     for ours, theirs in zip(history.snapshots, read.snapshots, strict=True):
         assert repr(ours.loss) == repr(theirs.loss)
         np.testing.assert_array_equal(ours.values, theirs.values)
@@ -200,6 +201,24 @@ def test_columns_are_those_of_records(row):
     record = record_of("site", "dy", row)
     assert norms_of(np.array([row]))[0] == pytest.approx(record.norm, rel=1e-15, abs=0)
     assert norms_of(np.array([row]), rms=True)[0] == pytest.approx(record.rms, rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "has", "has_not"),
+    [
+        (("Linear", "Sigmoid"), ("replace Sigmoid", "put a norm before each block and a residual"), ("pre-LN", "Tanh")),
+        (("Linear", "Tanh"), ("Xavier (gain 5/3) for Tanh", "residual"), ("ReLU",)),
+        (("Linear", "ReLU", "LayerNorm"), ("He for ReLU", "pre-LN", "warm the learning rate up"), ("Sigmoid", "residual")),
+        (("Conv2d", "BatchNorm2d"), ("norm before each block (pre-LN)",), ("Sigmoid",)),
+        ((), ("He for ReLU and GELU, Xavier for tanh",), ("Sigmoid",)),
+    ],
+)
+def test_advice_is_in_the_words_of_the_net(layers, has, has_not):
+    history = history_of([decades(-4.0, 0.0)] * 3)
+    history.layers = layers
+    advice = only(history).advice
+    assert all(words in advice for words in has)
+    assert not any(words in advice for words in has_not)
 
 
 def test_every_rule_is_in_the_list_once():

@@ -21,7 +21,6 @@ ZERO = -20.0  # decades, for a gradient of exactly 0 behind one that is not
 # Decades that a layer of this class takes by construction, at PyTorch's initialisation: its gates are half open. Measured at
 # hidden sizes 32 to 256 and 12 to 50 time steps, before and after training: 0.6 to 0.8, 0.3 to 0.5.
 GATED = {"LSTM": 0.8, "GRU": 0.5}
-NORMS = ("LayerNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "RMSNorm")
 
 
 @dataclass(frozen=True)
@@ -195,14 +194,15 @@ def _describe(
 
 def _advice(code: str, history: History) -> str:
     """What to try, in the words of the net at hand."""
-    layers = {site.layer for site in history.sites}
-    has_norm = any(name in NORMS or name.endswith("Norm") for name in layers)
+    has_norm = any(name.rstrip("123d").endswith(("Norm", "Norm_")) for name in history.layers)
     if code == "EXPLODING":
-        norm = "check that the norm is before each block" if has_norm else "put a norm before each block"
-        return f"a smaller gain at initialisation, {norm}, clip the gradient norm, warm the learning rate up"
-    norm = (
-        "put the norm before each block (pre-LN) and warm the learning rate up"
-        if has_norm
-        else "put a norm and a residual connection around each block"
-    )
-    return f"initialise for the activation (He for ReLU and GELU, Xavier for tanh; no sigmoid between layers), {norm}"
+        norm = "check that the norm stands before each block" if has_norm else "put a norm before each block"
+        return f"initialise with a smaller gain, {norm}, clip the gradient norm, and warm the learning rate up"
+    squashing = [name for name in ("Sigmoid", "Hardsigmoid", "Softsign") if name in history.layers]
+    gains = {"ReLU": "He", "LeakyReLU": "He", "GELU": "He", "SiLU": "He", "Tanh": "Xavier (gain 5/3)"}
+    known = [f"{gains[name]} for {name}" for name in gains if name in history.layers]
+    first = f"replace {squashing[0]} between layers by ReLU or GELU, and initialise for that (He)" if squashing else ""
+    first = first or f"initialise for the activation ({' or '.join(known) or 'He for ReLU and GELU, Xavier for tanh'})"
+    if has_norm:
+        return f"{first}; put the norm before each block (pre-LN) and warm the learning rate up"
+    return f"{first}; put a norm before each block and a residual connection around it"

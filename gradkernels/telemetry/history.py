@@ -59,7 +59,10 @@ class History:
     """A bounded run of snapshots, oldest first.
 
     sites: by depth. stacks: along which gradients are compared. Both may become known, and better known, as a run goes on.
+    layers: the classes of the model's modules, for advice in the words of the net at hand.
     """
+
+    layers: tuple[str, ...] = ()
 
     def __init__(self, sites: Iterable[SiteRows] = (), stacks: Iterable[Stack] = (), max_bytes: int = MAX_BYTES) -> None:
         self.sites, self.stacks, self.max_bytes = list(sites), list(stacks), max_bytes
@@ -131,10 +134,9 @@ class History:
 
     def header(self) -> str:
         """The first line of stats.jsonl: what the rows are. Another one may follow, where more became known."""
-        stacks = [asdict(stack) for stack in self.stacks]
-        return json.dumps(
-            {"gradkernels": FORMAT, "fields": FIELDS, "sites": [asdict(site) for site in self.sites], "stacks": stacks}
-        )
+        sites, stacks = ([asdict(item) for item in items] for items in (self.sites, self.stacks))
+        head = {"gradkernels": FORMAT, "fields": FIELDS, "layers": self.layers, "sites": sites, "stacks": stacks}
+        return json.dumps(head)
 
     def lines(self) -> Iterator[str]:
         """The lines of stats.jsonl."""
@@ -170,6 +172,7 @@ class History:
         if line["gradkernels"] != FORMAT or tuple(line["fields"]) != FIELDS:
             raise ValueError("another version of the format")
         self.sites = [SiteRows(**{**site, "ports": tuple(site["ports"])}) for site in line["sites"]]
+        self.layers = tuple(line["layers"])
         tuples = ("sites", "bypassed")
         self.stacks = [Stack(**{**stack, **{name: tuple(stack[name]) for name in tuples}}) for stack in line["stacks"]]
 

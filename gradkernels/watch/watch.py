@@ -52,6 +52,7 @@ class Watch:
         self._rates = _Rates(optimizer)
         self._unread: list[tuple] = []
         self._history = History()
+        self._history.layers = tuple(sorted({type(module).__name__ for module in model.modules()}))
         self._describe()
         self.step_count = 0
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
