@@ -106,7 +106,7 @@ def watch_rows(lines: list[dict]) -> list[str]:
             rows.append(
                 f"| watch.step(), {line['implementation']} | {time['median']:.0f} us | {time['p20']:.0f} to {time['p80']:.0f} us |"
             )
-    return table("| watch: forward and backward, watched / converted | median | p20 to p80 |", rows)
+    return table("| watching: forward and backward, with probes / without | median | p20 to p80 |", rows)
 
 
 def shape_rows(lines: list[dict]) -> list[str]:

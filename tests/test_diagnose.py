@@ -75,6 +75,7 @@ def test_since_when_and_what_passed(steps, since, until, severity):
         ((0.0, -1.0, -4.0, -1.0, 0.0), [True, True, False, False], "VANISHING", "layers.2", "layers.2 and layers.3"),
         ((-4.0, -4.0, -3.9, -0.1, 0.0), None, "VANISHING", "layers.0", "layers.2 and layers.3"),
         ((4.0, 3.9, 3.8, 0.1, 0.0), None, "EXPLODING", "layers.0", "layers.2 and layers.3"),
+        ((-4.0, -3.9, 0.0, -4.0), [False, False, True], "VANISHING", "layers.0", "layers.1 and layers.2"),
         ((4.0, 3.0, 2.0, 1.0, 0.0), [True] * 4, None, None, None),
         ((2.0, 2.0, 2.0, 2.0, -2.0), [False, False, False, True], None, None, None),
     ],
@@ -128,8 +129,8 @@ def test_zero_and_absent(rows, expected):
     ],
 )
 def test_what_was_seen_before_it_was_not_finite(steps, code, since):
-    rows = [decades(0.0 if math.isnan(value) else value, 0.0) for value in steps]
-    bad = {(step, index) for step, value in enumerate(steps) if math.isnan(value) for index in (0, 1)}
+    rows = [decades(-9.0 if math.isnan(value) else value, 0.0) for value in steps]
+    bad = {(step, 0) for step, value in enumerate(steps) if math.isnan(value)}
     codes = {finding.code: finding.since_step for finding in diagnose(history_of(rows, bad=bad))}
     assert codes.pop("NONFINITE") == next(step for step, value in enumerate(steps, 1) if math.isnan(value))
     assert codes == ({code: since} if code else {})

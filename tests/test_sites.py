@@ -260,15 +260,15 @@ def test_names_are_unique():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.module, self._orig_mod = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.module, self._orig_mod, self._fsdp_wrapped_module = (nn.Linear(8, 8) for _ in range(3))
             self.inner = nn.ModuleDict({"module": nn.Linear(8, 8)})
 
         def forward(self, x):
-            return self.inner["module"](self._orig_mod(self.module(x)))
+            return self.inner["module"](self._fsdp_wrapped_module(self._orig_mod(self.module(x))))
 
     watch = train(Odd(), X)
     names = [site.name for site in watch.sites]
-    assert len(set(names)) == len(names) == 3
+    assert len(set(names)) == len(names) == 4
     assert {"module", "inner.module"} < set(names)
 
 

@@ -205,6 +205,7 @@ def test_healthy(name):
     (model, loss), stacks = HEALTHY[name][0](), HEALTHY[name][1]
     watch = train(model, loss, steps=14 if "random" in name else 6)
     assert not alarms(watch)
+    assert not {"encoder", "decoder"} & {site.name for site in watch.sites}
     found = {stack.name: len(stack.sites) for stack in watch.history.stacks}
     assert {name: found.get(name) for name in stacks} == stacks
 
@@ -348,6 +349,68 @@ def test_an_encoder_used_twice():
         net(torch.randn(2, 8), torch.randn(2, 8)).sum().backward()
         watch.step()
     assert [stack.sites for stack in watch.history.stacks] == [tuple(f"encoder.layers.l{k}" for k in range(4))]
+
+
+def test_a_block_that_ends_in_a_site():
+    """The output of the block is that of its last layer: both are in line, and nothing goes past either."""
+    watch = train(
+        nn.Sequential(*[EndsInNorm() for _ in range(3)]), lambda model: model(torch.randn(4, 8)).square().mean(), steps=2
+    )
+    assert {stack.name for stack in watch.history.stacks} == {"0…2", "0…2.norm"}
+    assert not any(any(stack.bypassed) for stack in watch.history.stacks)
+    assert [site.name for site in watch.history.sites] == ["0.norm", "0", "1.norm", "1", "2.norm", "2"]
+
+
+class EndsInNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+class Towers(nn.Module):
+    """Two chains of the same names but for a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower0, self.tower1 = (nn.ModuleList(nn.Linear(8, 8) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x):
+        a = b = x
+        for one, two in zip(self.tower0, self.tower1, strict=True):
+            a, b = one(a), two(b)
+        return a * b
+
+
+def test_towers_stay_apart_where_a_validation_came_first():
+    net = Towers()
+    watch = gk.watch(net)
+    for _ in range(2):
+        with torch.no_grad():
+            net(torch.randn(2, 8))
+        net(torch.randn(2, 8)).sum().backward()
+        watch.step()
+    assert [stack.sites for stack in watch.history.stacks] == [tuple(f"tower{t}.{k}" for k in range(3)) for t in range(2)]
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(EndsInNorm() for _ in range(3))
+
+    def forward(self, x):
+        return sum(expert(x) for expert in self.experts)
+
+
+def test_experts_side_by_side_are_not_in_line():
+    """Expert 1 of a layer is followed by expert 1 of the next."""
+    watch = train(
+        nn.Sequential(*[Experts() for _ in range(3)]), lambda model: model(torch.randn(4, 8)).square().mean(), steps=2
+    )
+    names = {stack.name for stack in watch.history.stacks}
+    assert {"0…2", *(f"0…2.experts.{k}" for k in range(3))} <= names
 
 
 def test_learning_ends():
