@@ -103,9 +103,8 @@ def watch_rows(lines: list[dict]) -> list[str]:
             rows.append(f"| {name} on {shape} | {ratio['median']:.3f} | {ratio['p20']:.3f} to {ratio['p80']:.3f} |")
         elif "microseconds" in line:
             time = line["microseconds"]
-            rows.append(
-                f"| watch.step(), {line['implementation']} | {time['median']:.0f} us | {time['p20']:.0f} to {time['p80']:.0f} us |"
-            )
+            spread = f"{time['p20']:.0f} to {time['p80']:.0f} us"
+            rows.append(f"| watch.step(), {line['implementation']} | {time['median']:.0f} us | {spread} |")
     return table("| watching: forward and backward, with probes / without | median | p20 to p80 |", rows)
 
 

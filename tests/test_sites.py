@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
+from gradkernels.watch.tables import values_of
 
 
 def train(net, *args, steps=3, watch=None):
@@ -336,6 +337,11 @@ def test_another_device(ran, mode):
     train(net, X, watch=watch, steps=1)
     assert len(watch.records()) == 4 * 4 + 4
     assert {record.observation_count for record in watch.records()} == {1}
+
+
+def test_rows_of_two_tables_merge():
+    tables = [torch.tensor([[4.0, 1, 2, 0, 0, largest, 1, 2]], dtype=torch.float64) for largest in (3.0, 2.0)]
+    assert values_of([([1], table) for table in tables], 3).tolist() == [[0.0] * 8, [8, 2, 4, 0, 0, 3, 2, 4], [0.0] * 8]
 
 
 def test_statistics_elsewhere_do_not_stop_a_forward_without_gradients():

@@ -33,6 +33,10 @@ def language(y, ids=IDS):
     return F.cross_entropy(y.flatten(0, 1), ids.flatten())
 
 
+def of_noise(model):
+    return model(torch.randn(4, 8)).square().mean()
+
+
 class Block(nn.Module):
     def __init__(self, width=32, post=False):
         super().__init__()
@@ -353,9 +357,7 @@ def test_an_encoder_used_twice():
 
 def test_a_block_that_ends_in_a_site():
     """The output of the block is that of its last layer: both are in line, and nothing goes past either."""
-    watch = train(
-        nn.Sequential(*[EndsInNorm() for _ in range(3)]), lambda model: model(torch.randn(4, 8)).square().mean(), steps=2
-    )
+    watch = train(nn.Sequential(*[EndsInNorm() for _ in range(3)]), of_noise, steps=2)
     assert {stack.name for stack in watch.history.stacks} == {"0…2", "0…2.norm"}
     assert not any(any(stack.bypassed) for stack in watch.history.stacks)
     assert [site.name for site in watch.history.sites] == ["0.norm", "0", "1.norm", "1", "2.norm", "2"]
@@ -406,9 +408,7 @@ class Experts(nn.Module):
 
 def test_experts_side_by_side_are_not_in_line():
     """Expert 1 of a layer is followed by expert 1 of the next."""
-    watch = train(
-        nn.Sequential(*[Experts() for _ in range(3)]), lambda model: model(torch.randn(4, 8)).square().mean(), steps=2
-    )
+    watch = train(nn.Sequential(*[Experts() for _ in range(3)]), of_noise, steps=2)
     names = {stack.name for stack in watch.history.stacks}
     assert {"0…2", *(f"0…2.experts.{k}" for k in range(3))} <= names
 
