@@ -8,7 +8,7 @@ site ever ran outside of a compiled graph, that in which the model lists its mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -115,24 +115,44 @@ class Flow:
                 done.insert(behind, index)
         return done
 
-    def reaches(self, source: int, avoiding: int | None = None) -> set[int]:
-        """The modules that the output of `source` gets to, without going through `avoiding`."""
+    def _after(self) -> list[list[int]]:
+        """The modules that each module's output reaches with no other module between them."""
         after: list[list[int]] = [[] for _ in self.before]
         for index, before in enumerate(self.before):
             for feeder in before:
                 after[feeder].append(index)
-        found: set[int] = set()
-        waiting = [source]
-        while waiting:
-            for index in after[waiting.pop()]:
-                if index not in found and index != avoiding:
-                    found.add(index)
-                    waiting.append(index)
+        return after
+
+    def reach(self) -> list[int]:
+        """For each module those that its output gets to, as the bits of a number."""
+        after, found = self._after(), [0] * len(self.before)
+        changed = True
+        while changed:  # once for each circle that a path may go through, and once more
+            changed = False
+            for index in reversed(self.order):
+                reached = found[index]
+                for following in after[index]:
+                    reached |= found[following] | 1 << following
+                changed |= reached != found[index]
+                found[index] = reached
         return found
 
-    def ends(self) -> set[int]:
-        """The modules whose output feeds no other."""
-        return set(range(len(self.before))).difference(*self.before)
+    def passes_by(self) -> Callable[[int, int], bool]:
+        """A function of two modules: whether the output of the first gets to an end without going through the second."""
+        after = self._after()
+
+        def passes(source: int, avoiding: int) -> bool:
+            seen, waiting = {source, avoiding}, [source]
+            while waiting:
+                following = after[waiting.pop()]
+                if not following:
+                    return True
+                new = [index for index in following if index not in seen]
+                seen.update(new)
+                waiting += new
+            return False
+
+        return passes
 
 
 def tensors_of(value: Any) -> Iterable[torch.Tensor]:

@@ -29,13 +29,16 @@ def stacks_of(sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> li
     for members in kinds.values():
         if len(members) == 1:
             single[_kind(sites[members[0]], own_name=False)].append(members[0])
-    reach = {index: flow.reaches(module_of[index]) for index in range(len(sites))} if flow.known else None
+    reach, passes_by = flow.reach() if flow.known else None, flow.passes_by()
+    order = {site.name: index for index, site in enumerate(sites)}
+    outer = {site.name for site in sites if site.role in (PROBE, RESIDUAL)}
     stacks = []
     for members, least in [*((members, 2) for members in kinds.values()), *((members, FEW) for members in single.values())]:
         for chain in _chains(members, sites, module_of, reach):
             if len(chain) >= least or (not stacks and len(chain) > 1):
-                stacks.append(_stack(chain, sites, module_of, flow))
-    return sorted(stacks, key=lambda stack: (stack.inside, [site.name for site in sites].index(stack.sites[0])))
+                bypassed = [bool(flow.known) and passes_by(module_of[a], module_of[b]) for a, b in pairwise(chain)]
+                stacks.append(_stack([sites[index].name for index in chain], bypassed, outer))
+    return sorted(stacks, key=lambda stack: (stack.inside, order[stack.sites[0]]))
 
 
 def _kind(site: Site, own_name: bool) -> tuple:
@@ -44,9 +47,7 @@ def _kind(site: Site, own_name: bool) -> tuple:
     return NUMBER.sub("*", path), type(site.module), site.role
 
 
-def _chains(
-    members: list[int], sites: Sequence[Site], module_of: Sequence[int], reach: dict[int, set[int]] | None
-) -> list[list[int]]:
+def _chains(members: list[int], sites: Sequence[Site], module_of: Sequence[int], reach: list[int] | None) -> list[list[int]]:
     """The members, by depth, in chains of which each feeds the next: each goes on the chain whose end is named most like it."""
     chains: list[list[int]] = []
     for index in members:
@@ -54,7 +55,7 @@ def _chains(
             fits: Callable[[int], bool] = lambda end, index=index: _distance(sites[end].name, sites[index].name) == 1  # noqa: E731
         else:
             fits = lambda end, index=index: (  # noqa: E731
-                module_of[index] in reach[end] or _follows(sites[end], sites[index])
+                reach[module_of[end]] >> module_of[index] & 1 or _follows(sites[end], sites[index])
             )
         open_chains = [chain for chain in chains if fits(chain[-1])]
         if open_chains:
@@ -78,21 +79,16 @@ def _distance(first: str, second: str) -> int:
     return sum(a != b for a, b in zip(NUMBER.findall(first), NUMBER.findall(second), strict=False))
 
 
-def _stack(chain: list[int], sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> Stack:
-    """The chain as a stack. It is `inside` where its sites are layers within blocks that are sites themselves."""
-    ends = flow.ends()
-    bypassed = []
-    for index, following in pairwise(chain):
-        around = flow.reaches(module_of[index], avoiding=module_of[following])
-        bypassed.append(bool(flow.known) and bool(ends & around - {module_of[index]}))
-    members = [sites[index] for index in chain]
-    outer = {site.name for site in sites if site.role in (PROBE, RESIDUAL)}
-    inside = all(any(_is_inside(site.name, other) for other in outer) for site in members)
-    return Stack(_name([site.name for site in members]), tuple(site.name for site in members), tuple(bypassed), inside)
+def _stack(names: list[str], bypassed: list[bool], outer: set[str]) -> Stack:
+    """A chain of sites as a stack. It is `inside` where its sites are layers within modules that are sites themselves."""
+    inside = all(any(parent in outer for parent in _parents(name)) for name in names)
+    return Stack(_name(names), tuple(names), tuple(bypassed), inside)
 
 
-def _is_inside(name: str, other: str) -> bool:
-    return name.startswith(f"{other}.")
+def _parents(name: str) -> list[str]:
+    """The names of the modules around the one of a name."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _name(names: list[str]) -> str:
