@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -45,6 +44,7 @@ class _CastLayerNorm2d(_LayerNorm2d):
 
 CANDIDATES = {nn.LayerNorm: (LayerNorm, _CastLayerNorm, _LayerNorm2d, _CastLayerNorm2d), nn.GELU: (GELU,)}
 WIDENING = (LayerNorm, _LayerNorm2d)  # those whose result is float32 in an autocast region of a GPU
+OTHERWISE = "its forward computes something else"
 OURS = ("parts", "stats", "stats_names", "PORTS", "TWIN")  # what a fused class adds to a layer
 
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
@@ -63,8 +63,19 @@ class _Case(NamedTuple):
     autocast: bool = False
 
 
+class _Failure(NamedTuple):
+    """How a fused class is not the layer: 0, other numbers; 1, another kind of result; 2, none. The least tells most."""
+
+    kind: int
+    difference: float
+    reason: str
+
+
 class _Autocast(TorchFunctionMode):
-    """What an autocast region of a GPU does with layer_norm, on any device; counts the calls."""
+    """What an autocast region of a GPU does with layer_norm, on any device; counts the calls of it and of gelu.
+
+    It may do something to other functions too: so what one makes of a forward is known only where it calls these.
+    """
 
     calls = 0
 
@@ -74,8 +85,8 @@ class _Autocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        self.calls += func in (nn.functional.layer_norm, torch.layer_norm, nn.functional.gelu)
         if func in (nn.functional.layer_norm, torch.layer_norm):
-            self.calls += 1
             if torch.is_autocast_enabled(self.device_type):
                 args = tuple(_widened(value) for value in args)
                 kwargs = {name: _widened(value) for name, value in kwargs.items()}
@@ -102,7 +113,7 @@ def fused_subclass(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
                 failures.append(failure)
     except Exception as error:
         return None, f"a trial of its forward was not possible: {_first_line(error)}"
-    return None, min(failures, key=lambda failure: failure[0])[1]
+    return None, min(failures).reason
 
 
 @functools.cache
@@ -208,8 +219,8 @@ def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     return [*shapes, (second, *last, first, third)] if len(last) == 1 else shapes
 
 
-def _first_failure(module: nn.Module, fused: type, cls: type) -> tuple[float, str] | None:
-    """By how much, and in words in what, the fused class differs from the layer in the first case where it does."""
+def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None:
+    """The first case in which the fused class does not do what the layer does."""
     own, answered, refusal = _own_pair(module), False, ""
     for seed, case in enumerate(_cases(module)):
         if not answered and (case.dtype, case.input_dtype) != own:
@@ -220,22 +231,24 @@ def _first_failure(module: nn.Module, fused: type, cls: type) -> tuple[float, st
             refusal = refusal or _first_line(error)
             continue
         answered = True
-        if case.autocast and issubclass(fused, LayerNorm) and not expected.pop("calls"):
-            return math.inf, "its forward does not call torch.nn.functional.layer_norm: what autocast makes of it is not known"
+        if case.autocast and not expected.pop("calls"):
+            return _Failure(1, 0, "its forward does not call torch.nn.functional: what autocast makes of it is not known")
         try:
             got = _run(module, cls, case._replace(dtype=SINGLE, input_dtype=SINGLE) if case.autocast else case, seed)
         except Exception as error:
-            return math.inf, f"its forward takes an input of shape {case.shape} that a fused one does not: {_first_line(error)}"
+            return _Failure(
+                2, 0, f"its forward takes an input of shape {case.shape} that a fused one does not: {_first_line(error)}"
+            )
         if case.autocast:
             got["y"] = got["y"].to(SINGLE if fused in WIDENING else case.input_dtype)
         failure = _difference(got, expected, min(case.dtype, case.input_dtype, key=lambda dtype: dtype.itemsize))
         if failure is not None:
             return failure
-    return None if answered else (math.inf, f"its forward takes none of the trial inputs: {refusal}")
+    return None if answered else _Failure(2, 0, f"its forward takes none of the trial inputs: {refusal}")
 
 
 def _run(module: nn.Module, cls: type, case: _Case, seed: int) -> dict[str, Any]:
-    """y and all gradients of a copy of the layer in class `cls`; under autocast, y and the calls of layer_norm."""
+    """y and all gradients of a copy of the layer in class `cls`; under autocast, y and the number of calls."""
     generator = torch.Generator().manual_seed(seed)
     device = _device(module)
     x = (torch.randn(case.shape, generator=generator) * case.scale).to(device, case.input_dtype)
@@ -271,22 +284,19 @@ def _copy(module: nn.Module, cls: type, case: _Case, generator: torch.Generator)
     return layer
 
 
-def _difference(got: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype) -> tuple[float, str] | None:
+def _difference(got: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype) -> _Failure | None:
     """The first result that is not equal within rounding to dtype."""
     allowed = (8 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps
     for name, want in expected.items():
         have = got[name]
         if have is None and want is None:
             continue
-        for what, of in (("dtype", _dtype), ("shape", _shape)):
+        for what, of in (("dtype", _dtype), ("shape and strides", _shape)):
             if of(have) != of(want):
-                return (
-                    math.inf,
-                    f"its forward computes something else: {name} has {what} {of(want)} on a trial input, not {of(have)}",
-                )
+                return _Failure(1, 0, f"{OTHERWISE}: {name} has {what} {of(want)} on a trial input, not {of(have)}")
         difference = (have.double() - want.double()).abs().max().item()
         if not difference <= allowed * want.double().abs().max().item():
-            return difference, f"its forward computes something else: {name} differs by {difference:.2g} on a trial input"
+            return _Failure(0, difference, f"{OTHERWISE}: {name} differs by {difference:.2g} on a trial input")
     return None
 
 
