@@ -86,10 +86,9 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         self.calls += func in (nn.functional.layer_norm, torch.layer_norm, nn.functional.gelu)
-        if func in (nn.functional.layer_norm, torch.layer_norm):
-            if torch.is_autocast_enabled(self.device_type):
-                args = tuple(_widened(value) for value in args)
-                kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        if func in (nn.functional.layer_norm, torch.layer_norm) and torch.is_autocast_enabled(self.device_type):
+            args = tuple(_widened(value) for value in args)
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -249,9 +248,9 @@ def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None
 
 def _run(module: nn.Module, cls: type, case: _Case, seed: int) -> dict[str, Any]:
     """y and all gradients of a copy of the layer in class `cls`; under autocast, y and the number of calls."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     device = _device(module)
-    x = (torch.randn(case.shape, generator=generator) * case.scale).to(device, case.input_dtype)
+    x = (_random(case.shape, generator) * case.scale).to(device, case.input_dtype)
     layer = _copy(module, cls, case, generator)
     if case.autocast and cls is type(module):
         with torch.autocast(device.type, HALF), _Autocast(device.type) as mode:
@@ -260,9 +259,13 @@ def _run(module: nn.Module, cls: type, case: _Case, seed: int) -> dict[str, Any]
     if case.autocast:
         return {"y": y}
     inputs = {"dx": x, **{f"d{name}": value for name, value in layer._parameters.items() if value is not None}}
-    dy = torch.randn(y.shape, generator=generator).to(y)
+    dy = _random(y.shape, generator).to(y)
     gradients = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True)
     return {"y": y, **dict(zip(inputs, gradients, strict=True))}
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device="cpu", dtype=SINGLE)
 
 
 def _copy(module: nn.Module, cls: type, case: _Case, generator: torch.Generator) -> nn.Module:
@@ -271,11 +274,13 @@ def _copy(module: nn.Module, cls: type, case: _Case, generator: torch.Generator)
     def random(tensor: torch.Tensor | None, gradient: bool) -> torch.Tensor | None:
         if tensor is None or not tensor.is_floating_point():
             return tensor if tensor is None else tensor.clone()
-        value = 1 + torch.randn(tensor.shape, generator=generator) / 2
+        value = 1 + _random(tensor.shape, generator) / 2
         return value.to(tensor.device, case.dtype if gradient else tensor.dtype).requires_grad_(gradient)
 
     layer = object.__new__(type(module))
     for name, value in module.__dict__.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach().clone()
         layer.__dict__[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
     layer.__dict__["training"] = case.training
     layer.__dict__["_parameters"] = {name: random(value, True) for name, value in module._parameters.items()}
@@ -294,8 +299,9 @@ def _difference(got: dict[str, Any], expected: dict[str, Any], dtype: torch.dtyp
         for what, of in (("dtype", _dtype), ("shape and strides", _shape)):
             if of(have) != of(want):
                 return _Failure(1, 0, f"{OTHERWISE}: {name} has {what} {of(want)} on a trial input, not {of(have)}")
-        difference = (have.double() - want.double()).abs().max().item()
-        if not difference <= allowed * want.double().abs().max().item():
+        have, want = (value.detach().cpu().double() for value in (have, want))
+        difference = (have - want).abs().max().item()
+        if not difference <= allowed * want.abs().max().item():
             return _Failure(0, difference, f"{OTHERWISE}: {name} differs by {difference:.2g} on a trial input")
     return None
 
