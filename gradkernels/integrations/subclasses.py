@@ -7,7 +7,6 @@ numbers stay as they are.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -211,11 +210,11 @@ def _own_pair(module: nn.Module) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    """Inputs of several ranks, one with the channels in the second place; no other size equals that of the channels."""
+    """Small inputs of several ranks, one with the channels in the second place; no size above 1 is that of the channels."""
     last = tuple(getattr(module, "normalized_shape", (4,)))
-    first, second, third = [size for size in (3, 2, 5, 6) if size != last[0]][:3]
-    shapes = [(first, *last), (second, third, *last), (second, third, first, *last), last]
-    return [*shapes, (second, *last, first, third)] if len(last) == 1 else shapes
+    first, second = [size for size in (3, 2, 5) if size != last[0]][:2]
+    shapes = [(first, *last), (second, first, *last), (second, 1, first, *last), last]
+    return [*shapes, (second, *last, first, 1)] if len(last) == 1 else shapes
 
 
 def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None:
@@ -281,7 +280,7 @@ def _copy(module: nn.Module, cls: type, case: _Case, generator: torch.Generator)
     for name, value in module.__dict__.items():
         if isinstance(value, torch.Tensor):
             value = value.detach().clone()
-        layer.__dict__[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
+        layer.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
     layer.__dict__["training"] = case.training
     layer.__dict__["_parameters"] = {name: random(value, True) for name, value in module._parameters.items()}
     layer.__dict__["_buffers"] = {name: random(value, False) for name, value in module._buffers.items()}
