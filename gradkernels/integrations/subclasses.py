@@ -214,7 +214,7 @@ def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     last = tuple(getattr(module, "normalized_shape", (4,)))
     first, second = [size for size in (3, 2, 5) if size != last[0]][:2]
     shapes = [(first, *last), (second, first, *last), (second, 1, first, *last), last]
-    return [*shapes, (second, *last, first, 1)] if len(last) == 1 else shapes
+    return [*shapes, (second, *last, 1, first)] if len(last) == 1 else shapes
 
 
 def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None:
