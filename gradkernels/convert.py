@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
+from types import MethodType
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from gradkernels.integrations.transformers import GELU_CLASSES
+from gradkernels.integrations import timm, transformers
+from gradkernels.integrations.subclasses import CANDIDATES, fused_subclass
 from gradkernels.nn import GELU, LSTM, LayerNorm, LSTMCell, _Measuring
 from gradkernels.nn.measuring import NAMESPACE, remove_hooks
 
 FUSED = {layer.TWIN: layer for layer in (GELU, LayerNorm, LSTM, LSTMCell)}
+GELU_CLASSES = {**timm.GELU_CLASSES, **transformers.GELU_CLASSES}
 ORIGINAL = "_gradkernels_original_class"
 LAYER_NAME = re.compile(r"(Norm\d*d?|GELU|GeLU|Activation|LSTM|LSTMCell|GRU|GRUCell|RNN|RNNCell)$")
 LAYER_MODULES = ("activation", "normalization", "batchnorm", "instancenorm", "rnn")
@@ -26,15 +31,20 @@ class Uncovered(NamedTuple):
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """`model` itself, with each layer that has a fused twin turned into it: nn.LayerNorm, nn.GELU and transformers' GELUs,
-    nn.LSTM (whose twin is no subclass of it, see `gradkernels.nn.recurrent`) and nn.LSTMCell.
+    """`model` itself, with each layer that has a fused twin turned into it: nn.LayerNorm, nn.GELU, transformers' and timm's
+    GELUs, nn.LSTM (whose twin is no subclass of it, see `gradkernels.nn.recurrent`) and nn.LSTMCell.
+
+    A subclass of nn.LayerNorm or nn.GELU is tried first: its forward and a fused one, or a fused one over the channels of
+    (batch, channels, height, width), run on small random inputs, forward and backward. Where all numbers are equal within
+    rounding, the layer becomes fused and stays an instance of its class.
 
     Only the class of a layer changes: its parameters, buffers, hooks, names, place in state_dict and in optimizers stay.
-    A subclass that is not known, a parametrized layer, or one whose `forward` was replaced is left alone: `uncovered(model)`
-    lists them. Layers that are already fused stay as they are. `revert` undoes it.
+    A subclass that computes something else, a parametrized layer, one on the meta device that would have to be tried, or one
+    whose `forward` was replaced is left alone: `uncovered(model)` lists them with the reason. Layers that are already fused
+    stay as they are. `revert` undoes it.
     """
     for module in model.modules():
-        fused, attributes = _fused_class(module)
+        fused, attributes, _ = _fused_class(module)
         if fused is not None:
             attributes = {**attributes, "__module__": NAMESPACE}
             object.__setattr__(module, ORIGINAL, (type(module), tuple(attributes)))
@@ -44,14 +54,30 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """`model` itself, with every layer that `convert` changed back in its original class, and measured by no Watch."""
-    for module in model.modules():
+    """`model` itself, with every layer that `convert` changed back in its original class, and measured by no Watch.
+
+    A layer whose class or forward somebody else has changed since (parametrize, weight_norm, a wrapper that holds the fused
+    forward) stays fused, for a swap would break it; one warning names these layers. Reverted again after that change was
+    taken back, they follow.
+    """
+    held, left = _held(model), []
+    for name, module in model.named_modules():
         remove_hooks(module)
-        original, attributes = module.__dict__.pop(ORIGINAL, (None, ()))
-        if original is not None:
-            for name in (*attributes, "on_forward", *module.stats_names()):
-                module.__dict__.pop(name, None)
-            module.__class__ = original
+        if ORIGINAL not in module.__dict__:
+            continue
+        original, attributes = vars(module)[ORIGINAL]
+        for ours in ("on_forward", *module.stats_names()) if isinstance(module, _Measuring) else ():
+            module.__dict__.pop(ours, None)
+        reason = _changed_since(module, id(module) in held)
+        if reason is not None:
+            left.append(f"{name or '(the model)'} ({type(module).__name__}): {reason}")
+            continue
+        del module.__dict__[ORIGINAL]
+        for attribute in attributes:
+            module.__dict__.pop(attribute, None)
+        module.__class__ = original
+    if left:
+        warnings.warn(f"revert: layers that somebody else has changed stay as they are: {'; '.join(left)}", stacklevel=2)
     return model
 
 
@@ -65,28 +91,49 @@ def uncovered(model: nn.Module) -> list[Uncovered]:
         torch_layer = cls.__module__.startswith("torch.nn.modules.") and cls.__module__.endswith(LAYER_MODULES)
         leaf = next(module.children(), None) is None
         if isinstance(module, tuple(FUSED)) or (leaf and (torch_layer or LAYER_NAME.search(cls.__name__))):
-            reason = _reason(module)
-            if reason:
+            fused, _, reason = _fused_class(module)
+            if fused is None:
                 result.append(Uncovered(name, cls.__name__, reason))
     return result
 
 
-def _fused_class(module: nn.Module) -> tuple[type | None, dict]:
-    """The fused class of a layer, or None, and the attributes that the fused class needs beside the layer's own."""
+def _fused_class(module: nn.Module) -> tuple[type | None, dict, str]:
+    """The fused class of a layer and the attributes that it needs beside the layer's own; or None, and the reason."""
     cls = type(module)
-    if "forward" in module.__dict__:
-        return None, {}
-    if cls in FUSED:
-        return FUSED[cls], {}
+    base = next((base for base in FUSED if isinstance(module, base)), None)
     approximate = GELU_CLASSES.get(f"{cls.__module__}.{cls.__qualname__}")
-    return (None, {}) if approximate is None else (GELU, {"approximate": approximate})
+    if isinstance(module, _Measuring) or (base is None and approximate is None):
+        return None, {}, "no fused kernel for this layer"
+    if "forward" in module.__dict__:
+        return None, {}, "its forward was replaced on the instance"
+    if is_parametrized(module):
+        return None, {}, "its parameters are parametrized"
+    if hasattr(module, "stats"):
+        return None, {}, "it has an attribute stats of its own"
+    if cls in FUSED:
+        return FUSED[cls], {}, ""
+    if approximate is not None:
+        return GELU, {"approximate": approximate}, ""
+    if base in CANDIDATES:
+        fused, reason = fused_subclass(module)
+        return fused, {}, reason
+    return None, {}, f"a subclass of nn.{base.__name__} that may compute something else"
 
 
-def _reason(module: nn.Module) -> str | None:
-    cls = type(module)
+def _held(model: nn.Module) -> set[int]:
+    """The layers whose forward, as it is now, some module keeps in an attribute."""
+    methods = [value for module in model.modules() for value in vars(module).values() if isinstance(value, MethodType)]
+    return {id(method.__self__) for method in methods if method.__func__ is getattr(type(method.__self__), "forward", None)}
+
+
+def _changed_since(module: nn.Module, held: bool) -> str | None:
+    """What somebody else has done to a converted layer so that its class cannot be put back, or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    base = next((base.__name__ for base in FUSED if isinstance(module, base)), None)
-    if base is not None and cls not in FUSED:
-        return f"a subclass of nn.{base} that may compute something else"
-    return None if _fused_class(module)[0] is not None else "no fused kernel for this layer"
+    if held:
+        return "an attribute of a module holds its fused forward"
+    if is_parametrized(module):
+        return "its parameters are parametrized"
+    # A fused class names its twin itself; one that somebody derived from it does not.
+    ours = type(module) is vars(module)[ORIGINAL][0] or "TWIN" in vars(type(module))
+    return None if ours else "its class was changed"

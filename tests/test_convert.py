@@ -3,12 +3,16 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
+from derived_layers import Exp, Plain, train
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import gradkernels as gk
+from gradkernels.integrations import timm
 
 
 class Subclassed(nn.LayerNorm):
@@ -65,7 +69,8 @@ def test_uncovered_names_the_reason():
     net.replaced.forward = lambda x: x
     net.add_module("tanh", nn.Tanh())
     reasons = {layer.site: (layer.layer, layer.reason) for layer in gk.uncovered(gk.convert(net))}
-    assert reasons["4"] == ("Subclassed", "a subclass of nn.LayerNorm that may compute something else")
+    assert reasons["4"][0] == "Subclassed"
+    assert re.fullmatch(r"its forward computes something else: y differs by \d\S* on a trial input", reasons["4"][1])
     assert reasons["5"] == ("BatchNorm1d", "no fused kernel for this layer")
     assert reasons["replaced"] == ("GELU", "its forward was replaced on the instance")
     assert reasons["tanh"][0] == "Tanh"
@@ -142,3 +147,118 @@ def test_training_equals_plain_pytorch():
             losses[name].append(loss.item())
     assert losses["plain"][-1] < 0.5 * losses["plain"][0]
     torch.testing.assert_close(torch.tensor(losses["fused"]), torch.tensor(losses["plain"]), rtol=1e-4, atol=0)
+
+
+def test_shared_layer():
+    norm = nn.LayerNorm(4)
+    net = gk.convert(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm), "c": Plain(4)}))
+    assert net["a"] is net["b"][0]
+    assert type(norm) is gk.LayerNorm
+    gk.revert(net)
+    assert type(norm) is nn.LayerNorm
+    assert type(net["c"]) is Plain
+
+
+def wrapped_in_ddp(net):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(net)
+
+
+WRAPPERS = {
+    "torch.compile": lambda net: torch.compile(net, backend="eager"),
+    "module.compile": lambda net: net.compile(backend="eager") or net,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": wrapped_in_ddp,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_model(wrapper):
+    """Converted and reverted inside its wrapper, before and after it has run."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Plain(4), nn.GELU())
+    expected = train(copy.deepcopy(inner), (3, 4), 9)[0]
+    try:
+        net, outputs = WRAPPERS[wrapper](inner), []
+        steps = torch.Generator().manual_seed(1)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for step in range(9):
+            if step % 3:
+                (gk.convert if step % 3 == 1 else gk.revert)(net)
+                assert isinstance(inner[1], gk.LayerNorm) == (step % 3 == 1)
+            x = torch.randn(3, 4, generator=steps).requires_grad_()
+            y = net(x)
+            optimizer.zero_grad()
+            y.backward(torch.randn(3, 4, generator=steps))
+            optimizer.step()
+            outputs += [y.detach(), x.grad]
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    torch.testing.assert_close(outputs, expected)
+
+
+def test_layers_changed_before_convert():
+    """Parametrized layers and replaced forwards are left and listed; what works by hooks is fused."""
+    net = nn.Sequential(nn.LSTM(4, 4), nn.LayerNorm(4), nn.GELU(), nn.LSTM(4, 4), Plain(4))
+    parametrizations.weight_norm(net[0], "weight_hh_l0")
+    parametrize.register_parametrization(net[1], "weight", Exp())
+    net[2].forward = lambda input: input
+    prune.l1_unstructured(net[3], "weight_ih_l0", 0.5)
+    prune.l1_unstructured(net[4], "weight", 0.5)
+    before, x = [type(module) for module in net[:3]], torch.randn(5, 2, 4)
+    expected = net[4](net[3](x)[0])
+    gk.convert(net)
+    assert [type(module) for module in net[:3]] == before
+    assert [(layer.site, layer.reason) for layer in gk.uncovered(net)] == [
+        ("0", "its parameters are parametrized"),
+        ("1", "its parameters are parametrized"),
+        ("2", "its forward was replaced on the instance"),
+    ]
+    assert type(net[3]) is gk.LSTM
+    assert isinstance(net[4], gk.LayerNorm)
+    y = net[4](net[3](x)[0])
+    torch.testing.assert_close(y, expected)
+    y.backward(torch.randn(y.shape))
+    assert all(
+        module.get_parameter(name).grad is not None for module, name in ((net[3], "weight_ih_l0_orig"), (net[4], "weight_orig"))
+    )
+
+
+def test_own_attribute_stats():
+    layer = nn.LayerNorm(4)
+    layer.stats = {"mine": 1}
+    assert type(gk.convert(layer)) is nn.LayerNorm
+    assert gk.uncovered(layer)[0].reason == "it has an attribute stats of its own"
+
+
+def test_optimizer_and_names_through_convert_and_revert():
+    """The same parameter objects, names and keys; an optimizer made before goes on."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Plain(4), nn.LSTM(4, 4))
+    optimizer, x = torch.optim.AdamW(net.parameters()), torch.randn(3, 4)
+    names, keys = dict(net.named_parameters()), list(net.state_dict())
+    for number, change in enumerate((lambda net: net, gk.convert, gk.revert, gk.convert, gk.revert), 1):
+        change(net)
+        assert all(parameter is names[name] for name, parameter in net.named_parameters())
+        assert list(net.state_dict()) == keys
+        net(x)[0].sum().backward()
+        optimizer.step()
+        assert {int(state["step"]) for state in optimizer.state.values()} == {number}
+        other = copy.deepcopy(net)
+        other.load_state_dict(net.state_dict())
+        torch.testing.assert_close(other(x), net(x))
+        torch.testing.assert_close(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+def test_known_activations_of_timm():
+    """By their names, for timm is not installed here."""
+    for name, approximate in timm.GELU_CLASSES.items():
+        module, _, cls = name.rpartition(".")
+        layer = type(cls, (nn.Module,), {"__module__": module})()
+        x = torch.randn(5)
+        torch.testing.assert_close(gk.convert(layer)(x), nn.functional.gelu(x, approximate=approximate))
+        assert type(layer) is gk.GELU
+        gk.revert(layer)
+        assert type(layer).__name__ == cls
+        assert "approximate" not in vars(layer)
