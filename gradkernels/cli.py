@@ -29,10 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="gradkernels", description="Fused layers that measure the gradients flowing through them.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     demo = commands.add_parser(
-        "demo", help="train a small model on a text, or on a task of long lags, and show its gradient flow"
+        "demo", help="watch a deep net fail, be told why, and learn; or train a model on a text, or on a task of long lags"
     )
     demo.add_argument(
-        "--model", choices=("transformer", "lstm"), default="transformer", help="what learns the text (default: %(default)s)"
+        "--model",
+        choices=("transformer", "lstm"),
+        help="what learns the text (default: a net that fails, then one that learns)",
     )
     demo.add_argument("--task", choices=("adding", "temporal_order"), help="a task for an LSTM instead of a text")
     demo.add_argument("--length", metavar="T", type=_length, default=400, help="time steps of the task (default: %(default)s)")
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="initialisation of the task's LSTM (default: %(default)s)",
     )
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: Python's own documentation)")
-    demo.add_argument("--steps", metavar="N", type=_steps, help="training steps (default: 400; of a task 3000 at most)")
+    demo.add_argument("--steps", metavar="N", type=_steps, help="training steps (default: 400; of a task at most 3000)")
     demo.add_argument("--out", metavar="DIR", default="run/demo", help="where files go (default: %(default)s)")
     demo.add_argument("--seed", metavar="S", type=_seed, default=0, help="of weights, batches, sample (default: %(default)s)")
     demo.set_defaults(run=_demo, parser=demo)
@@ -104,8 +106,12 @@ def _demo(options: argparse.Namespace) -> int:
         with steps_file:
             if options.task is not None:
                 _task(options, steps_file)
-            else:
+            elif options.model is not None:
                 demo.run(text, source, options.steps or 400, steps_file, options.seed, options.model)
+            else:
+                from gradkernels import demo_story
+
+                demo_story.run(text, source, options.steps or demo_story.STEPS, steps_file, options.seed)
     except KeyboardInterrupt:
         print("gradkernels demo: interrupted", file=sys.stderr)
         return 130

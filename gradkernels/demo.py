@@ -1,12 +1,11 @@
-"""What `gradkernels demo` runs: a small model learns a text while its gradients are watched; tables, times, pictures.
+"""What `gradkernels demo --model` runs: a small model learns a text while its gradients are watched; tables, times, pictures.
 
-The files it leaves in its output folder: flow.png, the gradient over depth and training, step.jsonl, one line a step, and for
+The files it leaves in its output folder: flow.png, the gradient over depth and training, stats.jsonl, one line a step, and for
 an LSTM profile.png and time.png, the gradient over the time steps of its last layer, in the last step and in all of them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -23,7 +22,7 @@ import torch
 
 from gradkernels.demo_model import CONTEXT, MODELS, PLAIN, cross_entropy, generate
 from gradkernels.library import implementations
-from gradkernels.telemetry import Record, TimeProfile
+from gradkernels.telemetry import TimeProfile
 from gradkernels.watch import Watch, watch
 
 BATCH, LEARNING_RATE, WARM_UP, CLIP = 16, 3e-3, 20, 1.0
@@ -32,7 +31,8 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 SHORTEST, LONGEST = 2 * (CONTEXT + 1), 20_000_000  # characters of a text
 ROUNDS = 16  # of the timing
 VARIANTS = ("telemetry on", "telemetry off", "telemetry off, again", "plain PyTorch")
-PICTURE, STEPS, PROFILE, TIME = "flow.png", "step.jsonl", "profile.png", "time.png"
+BEFORE = "before.jsonl"  # the steps of the run that failed, see demo_story.py
+PICTURE, STEPS, PROFILE, TIME = "flow.png", "stats.jsonl", "profile.png", "time.png"
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def read_text(path: str | None) -> str:
 
 
 def open_output(folder: str) -> TextIO:
-    """step.jsonl in `folder`, which is created, open for writing; files of an earlier demo are gone. Raises OSError."""
+    """stats.jsonl in `folder`, which is created, open for writing; files of an earlier demo are gone. Raises OSError."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    for name in (PICTURE, PROFILE, TIME):
+    for name in (PICTURE, PROFILE, TIME, BEFORE):
         (out / name).unlink(missing_ok=True)
     return (out / STEPS).open("w", encoding="utf-8")
 
@@ -103,8 +103,8 @@ def corpus_of(text: str) -> Corpus:
     return Corpus("".join(alphabet), ids[:-held_out], ids[-held_out:], abs(entropy), folded)
 
 
-def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int, name: str = "transformer") -> None:
-    """Trains the model `name`, prints what was found and timed, and leaves pictures beside `steps_file`: a line a step."""
+def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int, name: str) -> None:
+    """Trains the model `name`, prints what was found and timed, and leaves pictures beside `steps_file`, stats.jsonl."""
     from gradkernels.report.flow import flow_picture
 
     generator = torch.Generator().manual_seed(seed)
@@ -114,12 +114,15 @@ def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int, name:
     optimizer = optimizer_of(model)
     watching = watch(model, optimizer)
     print_setting(corpus, f"{source}, {len(text):,} characters", model)
-    history, profiles = train(model, optimizer, watching, corpus, steps, generator, steps_file)
+    train(model, optimizer, watching, corpus, steps, generator)
     print_learned(model, corpus, generator)
     print(f"\n{watching}\n", flush=True)
-    print_times(times(model, optimizer, watching, corpus, min(ROUNDS, steps), generator))
+    history = watching.history
+    steps_file.writelines(f"{line}\n" for line in history.lines())
+    profiles = [history.time_profiles(step=step)[-1] for step in history.steps] if watching.time_profile() else []
     picture = Path(steps_file.name).with_name(PICTURE)
-    flow_picture(history, picture)
+    flow_picture(history, watching.diagnose(), picture)
+    print_times(times(model, optimizer, watching, corpus, min(ROUNDS, steps), generator))
     print(f"\nGradient flow, picture: {picture}\nGradient flow, numbers: {steps_file.name}")
     if profiles:
         show_time(profiles, picture.parent)
@@ -170,33 +173,16 @@ def train(
     corpus: Corpus,
     steps: int,
     generator: torch.Generator,
-    steps_file: TextIO,
-) -> tuple[list[list[Record]], list[TimeProfile]]:
-    """dL/dh of every step, first site to last, and the profile of the last LSTM layer, if there is one, at every step.
-
-    Progress goes to the terminal, each step's numbers to `steps_file`.
-    """
-    history, profiles = [], []
+) -> None:
+    """Trains a watched model; progress goes to the terminal."""
     start = time.perf_counter()
     with progress(steps) as show:
         for step in range(1, steps + 1):
-            rate = learning_rate(step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(step, steps)
             loss = training_step(model, optimizer, random_windows(corpus.train, generator))
             watching.step(loss)
-            history.append(watching.stream())
-            profiles += watching.time_profile()[-1:]
-            steps_file.write(step_line(step, float(loss), rate, history[-1]))
             show(step, float(loss), step * BATCH * CONTEXT / (time.perf_counter() - start))
-    steps_file.flush()
-    return history, profiles
-
-
-def step_line(step: int, loss: float, rate: float, stream: list[Record]) -> str:
-    """A line of step.jsonl: step, loss (null where it is not finite), lr, and [site, norm of dL/dh] by depth."""
-    sites = [[record.site, record.norm] for record in stream]
-    return json.dumps({"step": step, "loss": loss if math.isfinite(loss) else None, "lr": rate, "sites": sites}) + "\n"
 
 
 def progress(steps: int) -> Any:
