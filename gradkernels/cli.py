@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo", help="watch a deep net fail, be told why, and learn; or train a model on a text, or on a task of long lags"
     )
     demo.add_argument(
-        "--model",
-        choices=("transformer", "lstm"),
-        help="what learns the text (default: a net that fails, then one that learns)",
+        "--model", choices=("transformer", "lstm"), help="train this one instead of a net that fails, then one that learns"
     )
     demo.add_argument("--task", choices=("adding", "temporal_order"), help="a task for an LSTM instead of a text")
     demo.add_argument("--length", metavar="T", type=_length, default=400, help="time steps of the task (default: %(default)s)")

@@ -5,7 +5,6 @@ The files it leaves in its output folder: flow.png with both runs, and their ste
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,17 +75,14 @@ def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int) -> No
     before = train(Predictor(len(corpus.alphabet), advised=False), corpus, steps, 0, seed)
     print(f"\n{before}\n")
     found = [finding for finding in before.diagnose() if finding.until_step is None]
-    print(
-        f"2. The advice taken: GELU and He's initialisation, a norm before each block, a residual around it, {WARM_UP} steps of"
-    )
-    print("   warm-up; the rest as it was", flush=True)
+    print("2. The advice taken: GELU with He's initialisation, a norm before each block and")
+    print(f"   a residual connection around it; {WARM_UP} steps of warm-up", flush=True)
     after = train(Predictor(len(corpus.alphabet), advised=True), corpus, steps, WARM_UP, seed)
     print(f"\n{after}\n")
     losses = [last_loss(watching.history) for watching in (before, after)]
     codes = ", ".join(finding.code for finding in found) or "no finding"
-    print(
-        f"Loss of the last steps: {losses[0]:.2f} before ({codes}), {losses[1]:.2f} after; {time.perf_counter() - start:.0f} s."
-    )
+    seconds = time.perf_counter() - start
+    print(f"Loss of the last steps: {losses[0]:.2f} before ({codes}), {losses[1]:.2f} after; {seconds:.0f} s.")
     out = Path(steps_file.name).parent
     before.history.write(out / BEFORE)
     steps_file.writelines(f"{line}\n" for line in after.history.lines())
@@ -132,14 +128,13 @@ def picture(runs: Sequence[tuple[History, Sequence[Finding]]], entropy: float, p
     figure = Figure(figsize=(14, 9), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     flows, losses = figure.subplots(2, len(runs), height_ratios=(3, 1), sharey="row")
-    highest = max([entropy, *(s.loss for history, _ in runs for s in history.snapshots if math.isfinite(s.loss))])
     for column, (history, findings) in enumerate(runs):
         draw_flow(figure, flows[column], history, findings, colour_bar=column == len(runs) - 1)
         axes = losses[column]
         axes.plot(history.steps, [snapshot.loss for snapshot in history.snapshots], color="black", linewidth=1.2)
         axes.axhline(entropy, color="grey", linestyle=":", label="entropy of the characters' frequencies")
         axes.set_xlim(history.steps[0] - 0.5, history.steps[-1] + 0.5)
-        axes.set_ylim(0, 1.05 * highest)
+        axes.set_ylim(0, 1.5 * entropy)
         axes.set_xlabel("training step")
         axes.legend(loc="lower left", frameon=False)
     losses[0].set_ylabel("loss, nats a character")

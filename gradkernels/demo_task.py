@@ -4,7 +4,6 @@ out what it predicts. Tasks: Hochreiter and Schmidhuber 1997; adding as in Le et
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -89,11 +88,13 @@ class Reader(nn.Module):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The profile at step 1 and at every step, the losses, and the number of sequences after which the task was solved."""
+    """The profile at step 1 and at every step, the losses, the number of sequences after which the task was solved, and the
+    Watch."""
 
     history: list[TimeProfile]
     losses: list[float]
     sequences: int | None
+    watching: Watch
 
 
 def initialised(task: Task, length: int, name: str, generator: torch.Generator) -> Reader:
@@ -134,8 +135,8 @@ def train(
         if show is not None:
             show(step, statistics.fmean(losses[-RECENT:]), watching)
         if step >= RECENT and statistics.fmean(losses[-RECENT:]) < task.solved:
-            return Outcome(history, losses, step * BATCH)
-    return Outcome(history, losses, None)
+            return Outcome(history, losses, step * BATCH, watching)
+    return Outcome(history, losses, None, watching)
 
 
 def learnable(profile: TimeProfile) -> bool:
@@ -146,7 +147,7 @@ def learnable(profile: TimeProfile) -> bool:
 def run(name: str, length: int, initialisation: str, steps: int, steps_file: TextIO, seed: int) -> None:
     """Trains, prints the profile at step 1, what it predicts and what came of it.
 
-    Leaves two pictures beside `steps_file`, which receives a line a step: step, loss, and the reach of the gradient.
+    Leaves two pictures beside `steps_file`, stats.jsonl.
     """
     from gradkernels.report.time import profile_picture, time_picture
 
@@ -168,8 +169,7 @@ def run(name: str, length: int, initialisation: str, steps: int, steps_file: Tex
     sequences = f"after {outcome.sequences:,} sequences" if solved else f"within {steps * BATCH:,} sequences"
     print(f"{'Solved' if solved else 'Not solved'} {sequences}, {time.perf_counter() - start:.0f} s.")
     print(f"The prediction of step 1 was {'right' if solved == learnable(outcome.history[0]) else 'wrong'}.")
-    for step, (loss, profile) in enumerate(zip(outcome.losses, outcome.history, strict=True), 1):
-        steps_file.write(json.dumps({"step": step, "loss": loss, "reach": profile.reach()}) + "\n")
+    steps_file.writelines(f"{line}\n" for line in outcome.watching.history.lines())
     out = Path(steps_file.name).parent
     profile_picture(outcome.history[0], out / PICTURES[0])
     time_picture(outcome.history, out / PICTURES[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import sys
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradkernels import demo
+import gradkernels as gk
+from gradkernels import demo, demo_story
 from gradkernels.cli import main
 from gradkernels.demo_model import CONTEXT, FUSED, LAYERS, PLAIN, CharacterTransformer, cross_entropy
-from gradkernels.report.terminal import COLUMNS
+from gradkernels.report.labels import COLUMNS
 
 STEPS = 3
 TEXT = "Gradients flow back through every layer; some of them arrive as nothing at all.\n" * 40
@@ -30,39 +30,69 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]
     torch.set_num_threads(1)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = main(["demo", "--text", str(folder / "text.txt"), "--steps", str(STEPS), "--out", str(out), "--seed", "7"])
-    assert code == 0
+        for model in ("--model=transformer", None):
+            files = ["--text", str(folder / "text.txt"), "--out", str(out / (model or "story"))]
+            assert main(["demo", *files, "--steps", str(STEPS), "--seed", "7", *([model] if model else [])]) == 0
+            printed.write("SECOND\n")
     return printed.getvalue().splitlines(), out
 
 
-def test_demo_prints(finished: tuple[list[str], Path]) -> None:
+def test_demo_of_a_model(finished: tuple[list[str], Path]) -> None:
     lines, out = finished
+    lines = lines[: lines.index("SECOND")]
     text = "\n".join(lines)
     assert "\x1b" not in text
     assert "\r" not in text
     assert max(len(line) for line in lines if str(out.parent.parent) not in line) <= COLUMNS
     assert [line.split()[1] for line in lines if "tokens/s" in line] == ["1/3", "2/3", "3/3"]
-    assert "No finding: dL/dh slope" in text
+    assert "No finding. 3 rules checked on 3 steps" in text
     for site in ("blocks.0.attention", f"blocks.{LAYERS - 1}.mlp", "blocks.0.mlp.branch.gelu", "norm"):
         assert any(line.startswith(f"{site} ") for line in lines), site
     for name in ("telemetry on", "telemetry off", "plain PyTorch"):
         assert sum(line.startswith(f"  {name} ") and line.endswith(" ms") for line in lines) == 1
     assert "nats/char" in text
     assert "bits/char" in text
-    assert str(out / "flow.png") in text
+    assert str(out / "--model=transformer" / "flow.png") in text
 
 
-def test_demo_files(finished: tuple[list[str], Path]) -> None:
-    _, out = finished
+def test_files_of_a_model(finished: tuple[list[str], Path]) -> None:
+    out = finished[1] / "--model=transformer"
     assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
-    steps = [json.loads(line) for line in (out / "step.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    for step in steps:
-        assert math.isfinite(step["loss"])
-        assert step["lr"] == demo.learning_rate(step["step"], STEPS)
-        names = [name for name, _ in step["sites"]]
-        assert names == [f"blocks.{index}.{branch}" for index in range(LAYERS) for branch in ("attention", "mlp")]
-        assert all(norm > 0 for _, norm in step["sites"])
+    history = gk.History.read(out / "stats.jsonl")
+    assert list(history.steps) == list(range(1, STEPS + 1))
+    for snapshot in history.snapshots:
+        assert math.isfinite(snapshot.loss)
+        assert snapshot.learning_rates == (demo.learning_rate(snapshot.step, STEPS),)
+    for name in (f"blocks.{index}.{branch}" for index in range(LAYERS) for branch in ("attention", "mlp")):
+        assert (history.column("norm", name) > 0).all()
+
+
+def test_the_story(finished: tuple[list[str], Path]) -> None:
+    """What the first net is told, before it has learned anything, is not said of the second."""
+    lines, out = finished
+    lines = lines[lines.index("SECOND") + 1 :]
+    assert max(len(line) for line in lines if str(out.parent.parent) not in line) <= COLUMNS
+    first, second = (lines[start:] for start in (0, lines.index(next(line for line in lines if line.startswith("2. ")))))
+    assert any(line.startswith("VANISHING (error) since step 1 in blocks.0…15: dL/dh at blocks.0 is") for line in first)
+    assert any(line.startswith("Try: replace Sigmoid between layers by ReLU or GELU") for line in first)
+    assert not any("VANISHING (" in line for line in second[:-4])
+    assert any(line.startswith("No finding.") for line in second)
+    before, after = (gk.History.read(out / "story" / name) for name in (demo.BEFORE, demo.STEPS))
+    assert [finding.code for finding in gk.diagnose(before)] == ["VANISHING"]
+    assert not gk.diagnose(after)
+    assert (out / "story" / "flow.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_second_net_of_the_story_learns() -> None:
+    corpus = demo.corpus_of(demo.read_text(None))
+    losses = []
+    for advised in (False, True):
+        torch.manual_seed(0)
+        model = demo_story.Predictor(len(corpus.alphabet), advised)
+        losses.append(demo_story.last_loss(demo_story.train(model, corpus, 150, 30, 0).history))
+    assert losses[0] > 0.95 * corpus.entropy
+    assert losses[1] < 0.8 * corpus.entropy
 
 
 def test_plain_progress_prints_every_tenth(capsys: pytest.CaptureFixture) -> None:
@@ -71,10 +101,6 @@ def test_plain_progress_prints_every_tenth(capsys: pytest.CaptureFixture) -> Non
         show(step, 1.0, 2000.0)
     printed = [int(line.split("/")[0].removeprefix("step")) for line in capsys.readouterr().out.splitlines()]
     assert printed == [1, *range(20, 201, 20)]
-
-
-def test_step_line_of_a_loss_that_is_not_finite() -> None:
-    assert json.loads(demo.step_line(4, math.nan, 0.1, [])) == {"step": 4, "loss": None, "lr": 0.1, "sites": []}
 
 
 def test_plain_twin_computes_the_same() -> None:

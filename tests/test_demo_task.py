@@ -2,16 +2,16 @@
 
 import contextlib
 import io
-import json
 import statistics
 
 import pytest
 import torch
 from test_demo import error_line
 
+import gradkernels as gk
 from gradkernels import demo_task
 from gradkernels.cli import main
-from gradkernels.report.terminal import COLUMNS
+from gradkernels.report.labels import COLUMNS
 
 ADDING, ORDER = demo_task.TASKS["adding"], demo_task.TASKS["temporal_order"]
 
@@ -64,9 +64,9 @@ def test_task_files(finished):
     _, out = finished
     for name in demo_task.PICTURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    steps = [json.loads(line) for line in (out / "step.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == list(range(1, 26))
-    assert all(step["loss"] > 0 and 0 < step["reach"] <= 60 for step in steps)
+    history = gk.History.read(out / "stats.jsonl")
+    assert [snapshot.step for snapshot in history.snapshots if snapshot.loss > 0] == list(range(1, 26))
+    assert all(0 < history.time_profiles(step=step)[0].reach() <= 60 for step in range(1, 26))
 
 
 def test_lstm_learns_the_text(tmp_path, capsys):
