@@ -72,6 +72,7 @@ def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int) -> No
     print(f"Entropy of the characters' frequencies: {corpus.entropy:.2f} nats; a net that learns gets below", flush=True)
     start = time.perf_counter()
     print(f"\n1. {DEPTH} layers of Linear and Sigmoid, Adam")
+    torch.manual_seed(seed)
     before = train(Predictor(len(corpus.alphabet), advised=False), corpus, steps, 0, seed)
     print(f"\n{before}\n")
     found = [finding for finding in before.diagnose() if finding.until_step is None]
@@ -92,7 +93,7 @@ def run(text: str, source: str, steps: int, steps_file: TextIO, seed: int) -> No
 
 
 def train(model: Predictor, corpus: Corpus, steps: int, warm_up: int, seed: int) -> Watch:
-    """The Watch of a training run with Adam; the learning rate rises over `warm_up` steps."""
+    """The Watch of a training run with Adam on batches of `seed`; the learning rate rises over `warm_up` steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     watching = watch(model, optimizer)
@@ -107,7 +108,7 @@ def train(model: Predictor, corpus: Corpus, steps: int, warm_up: int, seed: int)
             optimizer.step()
             optimizer.zero_grad()
             watching.step(loss)
-            show(step, loss.item(), step * BATCH * CONTEXT / (time.perf_counter() - start))
+            show(step, loss.item(), step * BATCH * (CONTEXT + 1 - WINDOW) / (time.perf_counter() - start))
     return watching
 
 
