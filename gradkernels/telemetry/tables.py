@@ -23,7 +23,8 @@ if hasattr(os, "register_at_fork"):  # a child has a copy of the lock, and not t
 def new_stats(num_ports: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """An empty statistics tensor: zeros, float64, (num_ports, cells, len(FIELDS)); 1 cell on a CPU, NUM_CELLS elsewhere."""
     cells = 1 if torch.device(device).type == "cpu" else NUM_CELLS
-    return torch.zeros(num_ports, cells, len(FIELDS), dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # what it makes can be written there alone
+        return torch.zeros(num_ports, cells, len(FIELDS), dtype=torch.float64, device=device)
 
 
 def new_time_stats(num_steps: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -32,7 +33,8 @@ def new_time_stats(num_steps: int, device: torch.device | str = "cpu") -> torch.
     Row 1 + t is step t. Row 0 holds the largest number of steps of a backward call, and the number of such calls. Steps
     beyond num_steps are not recorded, which row 0 shows.
     """
-    return torch.zeros(1 + num_steps, len(TIME_FIELDS), dtype=torch.float64, device=device)
+    with torch.inference_mode(False):
+        return torch.zeros(1 + num_steps, len(TIME_FIELDS), dtype=torch.float64, device=device)
 
 
 def check_time_stats(op: str, time_stats: torch.Tensor, x: torch.Tensor) -> None:
