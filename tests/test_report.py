@@ -100,7 +100,7 @@ def test_table_of_many_alike() -> None:
     """The ends, the worst, and how many more there are; bars to the scale of the run; empty columns are not there."""
     history = history_of([decades(*(-0.1 * (index == 60) for index in range(200)))] * 3)
     lines = table(history, []).splitlines()
-    assert lines[:3] == ["step 3", "No finding. 3 rules checked on 3 steps, 1 stacks.", ""]
+    assert lines[:3] == ["step 3", "No finding. 3 rules checked on 3 steps, 1 stack.", ""]
     assert [line.split()[0] for line in lines[4:]] == ["layers.0", "…", "layers.60", "…", "layers.199"]
     assert "bad" not in lines[3]
     assert "zeros" not in lines[3]

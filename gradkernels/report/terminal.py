@@ -23,7 +23,8 @@ def summary(history: History, findings: Sequence[Finding]) -> list[str]:
         steps = len(history)
         if steps < PERSISTENCE:
             return [f"No verdict before step {PERSISTENCE}."]
-        return [f"No finding. {len(RULES)} rules checked on {steps} steps, {len(history.stacks)} stacks."]
+        stacks = len(history.stacks)
+        return [f"No finding. {len(RULES)} rules checked on {steps} steps, {stacks} stack{'s' * (stacks != 1)}."]
     lines = []
     for finding in findings:
         where = f" in {finding.stack}" if finding.stack else f" at {finding.site}"

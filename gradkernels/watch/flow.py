@@ -75,7 +75,7 @@ class Flow:
         return found
 
     def end_pass(self) -> bool:
-        """Learns from what has run since the last call: whether a module was new."""
+        """Learns from what has run since the last call: whether anything has, with gradients."""
         if not self._found:
             self._start_pass()
             return False
@@ -83,7 +83,6 @@ class Flow:
         for previous, index in pairwise(again):
             self._found[index] = self._found[index] or {previous}
         superset = self.known <= set(self._found)
-        new = not self.known >= set(self._found)
         for index, before in self._found.items():
             self.before[index] = before if superset else self.before[index] | before
         self.known |= set(self._found)
@@ -91,7 +90,7 @@ class Flow:
         self.order = self._by_depth()
         self.passes_left -= 1
         self._start_pass()
-        return new
+        return True
 
     def _by_depth(self) -> list[int]:
         """All modules so that what feeds comes before what is fed; else as they ran.

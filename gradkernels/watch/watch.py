@@ -226,9 +226,7 @@ class _Run:
             self.flow.passes_left = 1
             self._learn()
             return False
-        left = self.flow.passes_left
-        self.flow.end_pass()
-        changed = self.flow.passes_left != left
+        changed = self.flow.end_pass()
         if changed and (self.flow.complete or self.flow.passes_left <= 0):
             for handle in self.learning:
                 handle.remove()
