@@ -43,6 +43,8 @@ def convert(model: nn.Module) -> nn.Module:
     whose `forward` was replaced is left alone: `uncovered(model)` lists them with the reason. Layers that are already fused
     stay as they are. `revert` undoes it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         fused, attributes, _ = _fused_class(module)
         if fused is not None:
@@ -60,6 +62,8 @@ def revert(model: nn.Module) -> nn.Module:
     forward) stays fused, for a swap would break it; one warning names these layers. Reverted again after that change was
     taken back, they follow.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
     held, left = _held(model), []
     for name, module in model.named_modules():
         remove_hooks(module)

@@ -262,3 +262,9 @@ def test_known_activations_of_timm():
         gk.revert(layer)
         assert type(layer).__name__ == cls
         assert "approximate" not in vars(layer)
+
+
+@pytest.mark.parametrize("function", [gk.convert, gk.revert])
+def test_what_is_no_module(function):
+    with pytest.raises(TypeError, match=f"{function.__name__}: model must be a torch.nn.Module, got list"):
+        function([nn.GELU()])

@@ -161,7 +161,7 @@ MODELS = {
     ),
     "one layer": (lambda: nn.Linear(8, 2), (X,), ()),
     "a parameter": (Weight, (X,), ()),
-    "attention": (lambda: Listed(nn.ModuleList(pairs(1))), (X,), ()),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3, ()),
 }
 
 
@@ -293,6 +293,26 @@ def test_coverage_says_why_a_site_is_silent():
     assert silent["blocks.2"] == "did not run since step 3"
     net.blocks[3] = nn.Linear(8, 8)
     assert dict(watch.coverage().silent)["blocks.3"] == "its module is no longer in the model"
+
+
+def test_coverage_of_a_model_that_only_ran_without_gradients():
+    net = Blocks()
+    watch = gk.watch(net)
+    with torch.no_grad():
+        net(X)
+    watch.step()
+    assert all(why.startswith("ran, but no gradient came back") for _, why in watch.coverage().silent)
+    assert len(watch.coverage().silent) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [((lambda x: x,), "model must be a torch.nn.Module, got function"), ((nn.Linear(2, 2), None, "*"), "got the string '\\*'")],
+)
+def test_bad_arguments(arguments, words):
+    model, *rest = arguments
+    with pytest.raises(TypeError, match=words):
+        gk.watch(model, sites=rest[-1] if rest else None)
 
 
 def test_coverage_of_many_layers_is_short():

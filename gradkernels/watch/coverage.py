@@ -52,7 +52,8 @@ def coverage(model: nn.Module, sites: Iterable[Site], history: History, step: in
     sites = list(sites)
     seen = {record.site for record in history.records()}
     now = names_of(model)
-    silent = [(site.name, _why_silent(site, now, step, site.name in seen, bool(flow.known))) for site in sites]
+    runs_known = bool(flow.known) or any(site.last_run for site in sites)
+    silent = [(site.name, _why_silent(site, now, step, site.name in seen, runs_known)) for site in sites]
     return Coverage(
         tuple(site.name for site in sites if site.role != PROBE),
         tuple(site.name for site in sites if site.role == PROBE),

@@ -79,7 +79,7 @@ def sites_of(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Si
     names = names_of(model)
     fused = {module for module in names if isinstance(module, _Measuring)}
     if patterns is None:
-        chosen = fused | set(_probed(model, False))
+        chosen = fused | ({model} if _is_layer(model) and _has_parameters(model) else set(_probed(model, False)))
         if _has_parameters(model) and not any(_has_parameters(module) for module in chosen):
             chosen = chosen | {model}
     else:

@@ -37,14 +37,15 @@ class Watch:
     of each block, and of each layer that is in no block, once. Call it before torch.compile traces the model.
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
-    Raises ValueError where the optimizer holds none of the model's parameters or a pattern matches nothing, RuntimeError where
-    a part of the model is watched already or there is nothing to measure in it.
+    Raises TypeError where the model is no module or `sites` a string, ValueError where the optimizer holds none of the model's
+    parameters or a pattern matches nothing, RuntimeError where a part of the model is watched already or there is nothing to
+    measure in it.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None
     ) -> None:
-        _check(model, optimizer)
+        _check(model, optimizer, sites)
         self.model = convert(model)
         found = sites_of(model, sites)
         self._run = _Run(found)
@@ -290,7 +291,11 @@ def _rates(optimizer: torch.optim.Optimizer) -> list:
     return [rate.detach().clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
 
 
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Sequence[str] | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(sites, str):
+        raise TypeError(f"watch: sites must be a list of patterns, got the string {sites!r}")
     for name, module in model.named_modules():
         if _is_watched(module):
             raise RuntimeError(
