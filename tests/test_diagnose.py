@@ -8,7 +8,8 @@ from histories import decades, history_of
 
 import gradkernels as gk
 from gradkernels.diagnose import RULES, Severity, diagnose
-from gradkernels.diagnose.nonfinite import origin
+from gradkernels.diagnose.nonfinite import INCOMING, origin
+from gradkernels.ops import OPS
 from gradkernels.telemetry import Record
 from gradkernels.telemetry.records import norms_of, record_of
 
@@ -134,6 +135,12 @@ def test_what_was_seen_before_it_was_not_finite(steps, code, since):
     codes = {finding.code: finding.since_step for finding in diagnose(history_of(rows, bad=bad))}
     assert codes.pop("NONFINITE") == next(step for step, value in enumerate(steps, 1) if math.isnan(value))
     assert codes == ({code: since} if code else {})
+
+
+def test_incoming_ports_are_those_of_the_ops():
+    """What an op lists before dx is what comes in."""
+    ports = {port for op in OPS.values() for port in op.PORTS[: op.PORTS.index("dx") if "dx" in op.PORTS else None]}
+    assert set(INCOMING) == ports
 
 
 def test_nonfinite_that_passed():
