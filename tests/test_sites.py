@@ -1,32 +1,15 @@
 """Where a Watch reads the gradient: every model that trains, whatever its blocks return, wherever it moves."""
 
-import copy
 import math
-import pickle
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from watched import WRAP, Block, Blocks, X, total, train
 
 import gradkernels as gk
 from gradkernels.watch.tables import values_of
-
-
-def train(net, *args, steps=3, watch=None):
-    watch = watch or gk.watch(net)
-    for _ in range(steps):
-        total(net(*args)).backward()
-        watch.step()
-    return watch
-
-
-def total(value):
-    if isinstance(value, torch.Tensor):
-        return value.abs().sum() if value.is_complex() else value.square().sum()
-    return sum(total(item) for item in value if isinstance(item, torch.Tensor | tuple | list))
 
 
 class ConvNet(nn.Module):
@@ -138,7 +121,6 @@ def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 3)
 
 
-X = torch.randn(5, 8)
 MODELS = {
     "a convolutional net": (ConvNet, (torch.randn(2, 3, 8, 8),), ("conv1…2", "fc1…2")),
     "an autoencoder": (Autoencoder, (X,), ("fc1…4",)),
@@ -176,50 +158,6 @@ def test_every_model_that_trains(name):
         assert len(profile[stack]) > 1
     assert not watch.coverage().silent
     assert str(watch.coverage())
-
-
-@dataclass
-class Output:
-    weights: Any
-    hidden: torch.Tensor
-
-
-WRAP = {
-    "tuple": (lambda y: (y, 3), lambda out: out[0]),
-    "none first": (lambda y: (None, y), lambda out: out[1]),
-    "dict": (lambda y: {"mask": None, "hidden": y}, lambda out: out["hidden"]),
-    "dataclass": (lambda y: Output(None, y), lambda out: out.hidden),
-    "nested": (lambda y: [(None, {"hidden": y})], lambda out: out[0][1]["hidden"]),
-    "complex": (lambda y: torch.complex(y, -y), lambda out: out.real),
-    "integers first": (lambda y: (torch.zeros(2, dtype=torch.long), y), lambda out: out[1]),
-}
-
-
-class Block(nn.Module):
-    def __init__(self, wrap=None):
-        super().__init__()
-        self.norm, self.linear, self.wrap = nn.LayerNorm(8), nn.Linear(8, 8), wrap
-
-    def forward(self, x):
-        y = x + self.linear(self.norm(x))
-        return WRAP[self.wrap][0](y) if self.wrap else y
-
-
-class Blocks(nn.Module):
-    def __init__(self, wrap=None, detached=None):
-        super().__init__()
-        self.blocks, self.wrap, self.detached, self.skipped = nn.ModuleList(Block(wrap) for _ in range(4)), wrap, detached, ()
-
-    def forward(self, x):
-        for index, block in enumerate(self.blocks):
-            if index in self.skipped:
-                continue
-            x = block(x)
-            if self.wrap:
-                x = WRAP[self.wrap][1](x)
-            if index == self.detached:
-                x = x.detach()
-        return x
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -402,70 +340,3 @@ def test_graph_breaks():
     train(torch.compile(net, backend="aot_eager"), X, watch=watch)
     assert len(watch.depth_profile()["blocks.0…3"]) == 4
     assert {record.observation_count for record in watch.records()} == {1}
-
-
-def test_state():
-    """Pause, close, copies, pickles, and a part that two models share."""
-    net = Blocks()
-    watch = train(net, X)
-    assert copy.deepcopy(watch) is watch
-    with pytest.raises(TypeError, match=r"a Watch cannot be pickled.*watch\.history\.write"):
-        pickle.dumps(watch)
-    net.watch_of_the_user = watch
-    assert train(copy.deepcopy(net), X).records()
-    for _ in range(3):
-        watch.pause()
-        watch.resume()
-    train(net, X, watch=watch, steps=1)
-    assert {record.observation_count for record in watch.records()} == {1}
-    with pytest.raises(RuntimeError, match=r"blocks\.0 is watched already.*watch one module that holds them both"):
-        gk.watch(nn.ModuleDict({"blocks": nn.ModuleList([*net.blocks, nn.Linear(8, 8)])}))
-    watch.close()
-    watch.close()
-    watch.pause()
-    with pytest.raises(RuntimeError, match=r"resume: this Watch was closed: gk\.watch\(model\) begins anew"):
-        watch.resume()
-    assert train(net, X).records()
-
-
-def test_a_layer_that_is_replaced_while_watched():
-    class Adapter(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base, self.a, self.b = base, nn.Linear(8, 2), nn.Linear(2, 8)
-            nn.init.zeros_(self.b.weight)
-
-        def forward(self, x):
-            return self.base(x) + self.b(self.a(x))
-
-    net = Blocks()
-    watch = train(net, X)
-    for block in net.blocks:
-        block.linear = Adapter(block.linear)
-    train(net, X, watch=watch)
-    assert {record.observation_count for record in watch.records()} == {1}
-    assert not watch.diagnose()
-
-
-def test_the_learning_rate_of_the_step_and_of_every_group():
-    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    groups = [{"params": net[0].parameters(), "lr": 1.0}, {"params": net[1].parameters(), "lr": 0.5}]
-    optimizer = torch.optim.SGD(groups, 0.1)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
-    watch = gk.watch(net, optimizer)
-    for _ in range(2):
-        optimizer.step()
-        scheduler.step()
-        watch.step()
-    rates = [snapshot.learning_rates for snapshot in watch.history.snapshots]
-    assert rates == [(1.0, 0.5), pytest.approx((0.1, 0.05))]
-    assert "lr 1.00e-01 5.00e-02" in str(watch)
-    watch.close()
-    assert not optimizer._optimizer_step_pre_hooks
-
-
-def test_a_loss_of_several_elements():
-    watch = gk.watch(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=r"step: loss must be one number, got a tensor of shape \(2,\)"):
-        watch.step(torch.zeros(2))
-    watch.step(torch.zeros(1, 1))
