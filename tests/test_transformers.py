@@ -61,7 +61,9 @@ def test_watch_on_an_unmodified_model(make, num_norms, num_gelus):
 
     coverage = watch.coverage()
     assert len(coverage.fused) == num_norms + num_gelus
-    assert len(coverage.probes) == 3
+    blocks = [name for name in coverage.probes if name.rpartition(".")[2].isdigit()]
+    assert len(blocks) == 3
+    assert max(map(len, watch.depth_profile().values())) >= 3
     assert [layer.layer for layer in coverage.uncovered] == ([] if make is gpt2 else ["Tanh"])
     assert all(record.norm > 0 for record in watch.records())
     assert max(len(line) for line in str(watch).splitlines()) <= 80
