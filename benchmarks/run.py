@@ -22,7 +22,7 @@ def show(line: dict) -> None:
     if "failed" in line:
         print(f"{what}FAILED: {line['failed']}", flush=True)
         return
-    if "microseconds" in line:
+    if line["op"] == "watch step":
         print(f"{what}{line['microseconds']['median']:.0f} us", flush=True)
         return
     base = next(key for key in BASES if key in line)

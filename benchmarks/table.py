@@ -101,7 +101,7 @@ def watch_rows(lines: list[dict]) -> list[str]:
             ratio, shape = line["ratio_to_eager"], " x ".join(map(str, line["shape"]))
             name = line["op"].removeprefix("watch ")
             rows.append(f"| {name} on {shape} | {ratio['median']:.3f} | {ratio['p20']:.3f} to {ratio['p80']:.3f} |")
-        elif "microseconds" in line:
+        elif line["op"] == "watch step":
             time = line["microseconds"]
             spread = f"{time['p20']:.0f} to {time['p80']:.0f} us"
             rows.append(f"| watch.step(), {line['implementation']} | {time['median']:.0f} us | {spread} |")
