@@ -32,6 +32,13 @@ class Channels(nn.LayerNorm):
         return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
+class Channels1d(nn.LayerNorm):
+    """As SqueezeBERT's."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+
+
 class Casts(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x).to(x.dtype)
@@ -66,6 +73,13 @@ class Running(nn.LayerNorm):
 
     def forward(self, x):
         return super().forward(x) * self.scale
+
+
+class Absolute(nn.LayerNorm):
+    """The same while its weight is positive."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight.abs(), self.bias, self.eps)
 
 
 class InEval(nn.LayerNorm):
@@ -200,6 +214,14 @@ class Counting(nn.LayerNorm):
         self.calls += 1
         self.number += 1
         self.seen.append(input.shape)
+        torch.rand(1)
+        return super().forward(input)
+
+
+class Drawing(nn.LayerNorm):
+    """Draws a random number that nothing depends on."""
+
+    def forward(self, input):
         torch.rand(1)
         return super().forward(input)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -28,10 +29,10 @@ class _CastLayerNorm(LayerNorm):
 
 
 class _LayerNorm2d(LayerNorm):
-    """A LayerNorm over the channels of (batch, channels, height, width)."""
+    """A LayerNorm over the channels of (batch, channels, height, width), or of any other number of places."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 class _CastLayerNorm2d(_LayerNorm2d):
@@ -44,6 +45,8 @@ class _CastLayerNorm2d(_LayerNorm2d):
 CANDIDATES = {nn.LayerNorm: (LayerNorm, _CastLayerNorm, _LayerNorm2d, _CastLayerNorm2d), nn.GELU: (GELU,)}
 WIDENING = (LayerNorm, _LayerNorm2d)  # those whose result is float32 in an autocast region of a GPU
 OTHERWISE = "its forward computes something else"
+# Longer rows take too long to try, shorter ones are all rounding: their dx is the difference of equal numbers.
+ROW_LENGTHS = range(3, 2**16 + 1)
 OURS = ("enter", "on_forward", "parts", "stats", "stats_names", "PORTS", "TWIN")  # what a fused class adds to a layer
 
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
@@ -116,18 +119,19 @@ def fused_subclass(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 @functools.cache
 def mixed(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a layer's class that is also the fused one, and computes with it."""
+    """A subclass of a layer's class that is also the fused one, and computes with it; its forward takes one argument."""
     name = _argument(cls)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Measuring):  # kept by somebody from before `revert`
+            return type(self).forward(self, *args, **kwargs)
         return fused.forward(self, *(args or (kwargs.pop(name),)), **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple:
         return _blank, (fused, cls), self.__getstate__()
 
-    namespace = {"TWIN": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": reduce}
-    if name != "input":
-        namespace["forward"] = forward
+    namespace = {"TWIN": cls, "forward": forward, "extra_repr": cls.extra_repr, "__reduce_ex__": reduce}
+    namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls)(cls.__name__, (fused, cls), namespace)
 
 
@@ -160,9 +164,12 @@ def _obstacle(module: nn.Module) -> str | None:
     """Why no trial can be made, or none would tell enough."""
     tensors, dtypes = _tensors(module), _dtypes(module)
     taken = next((name for name in OURS if hasattr(module, name)), None)
+    numel = math.prod(getattr(module, "normalized_shape", (4,)))
     other = next((type(tensor) for tensor in tensors if type(tensor) not in (torch.Tensor, nn.Parameter)), None)
     if any(tensor.is_meta for tensor in tensors):
         return "on the meta device its forward cannot be tried: convert it where it has values"
+    if numel not in ROW_LENGTHS:
+        return f"a subclass is tried with {ROW_LENGTHS[0]} to {ROW_LENGTHS[-1]} elements per row, not with {numel}"
     if taken is not None:
         return f"a subclass with an attribute {taken} of its own"
     if other is not None:
@@ -190,8 +197,9 @@ def _isolated(device: torch.device) -> ExitStack:
 
 def _cases(module: nn.Module) -> Iterator[_Case]:
     own = _own_pair(module)
-    # An input with a variance near eps, where another eps shows, and a large one.
-    scales = (max(getattr(module, "eps", 0.01), 1e-10) ** 0.5, 30.0)
+    # An input with a variance near eps, where another eps shows, and a large one. In float16 too dx must be finite.
+    smallest = 1e-6 if own[0] is torch.float16 else 1e-10
+    scales = (max(getattr(module, "eps", 0.01), smallest) ** 0.5, 30.0)
     for shape in _shapes(module):
         yield _Case(shape, *own)
         yield _Case(shape, *own, training=False)
@@ -210,11 +218,11 @@ def _own_pair(module: nn.Module) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    """Small inputs of several ranks, one with the channels in the second place; no size above 1 is that of the channels."""
+    """Small inputs of several ranks, two with the channels in the second place; no size above 1 is that of the channels."""
     last = tuple(getattr(module, "normalized_shape", (4,)))
     first, second = [size for size in (3, 2, 5) if size != last[0]][:2]
     shapes = [(first, *last), (second, first, *last), (second, 1, first, *last), last]
-    return [*shapes, (second, *last, 1, first)] if len(last) == 1 else shapes
+    return [*shapes, (second, *last, first), (second, *last, 1, first)] if len(last) == 1 else shapes
 
 
 def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None:
@@ -229,6 +237,9 @@ def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None
             refusal = refusal or _first_line(error)
             continue
         answered = True
+        written = expected.pop("written", None)
+        if written:
+            return _Failure(1, 0, f"its forward does more than compute: it writes to {written}")
         if case.autocast and not expected.pop("calls"):
             return _Failure(1, 0, "its forward does not call torch.nn.functional: what autocast makes of it is not known")
         try:
@@ -246,7 +257,10 @@ def _first_failure(module: nn.Module, fused: type, cls: type) -> _Failure | None
 
 
 def _run(module: nn.Module, cls: type, case: _Case, seed: int) -> dict[str, Any]:
-    """y and all gradients of a copy of the layer in class `cls`; under autocast, y and the number of calls."""
+    """y and all gradients of a copy of the layer in class `cls`; under autocast, y and the number of calls.
+
+    Of the layer's own class also what its forward has written to.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     device = _device(module)
     x = (_random(case.shape, generator) * case.scale).to(device, case.input_dtype)
@@ -254,13 +268,15 @@ def _run(module: nn.Module, cls: type, case: _Case, seed: int) -> dict[str, Any]
     if case.autocast and cls is type(module):
         with torch.autocast(device.type, HALF), _Autocast(device.type) as mode:
             return {"y": layer.forward(x), "calls": mode.calls}
+    before = _contents(layer)
     y = layer.forward(x.requires_grad_())
     if case.autocast:
         return {"y": y}
+    written = {} if cls is not type(module) else {"written": _changed(before, _contents(layer))}
     inputs = {"dx": x, **{f"d{name}": value for name, value in layer._parameters.items() if value is not None}}
     dy = _random(y.shape, generator).to(y)
     gradients = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True)
-    return {"y": y, **dict(zip(inputs, gradients, strict=True))}
+    return {"y": y, **dict(zip(inputs, gradients, strict=True)), **written}
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -286,6 +302,28 @@ def _copy(module: nn.Module, cls: type, case: _Case, generator: torch.Generator)
     layer.__dict__["_buffers"] = {name: random(value, False) for name, value in module._buffers.items()}
     layer.__class__ = cls
     return layer
+
+
+def _contents(layer: nn.Module) -> dict[str, Any]:
+    """What a forward may write to: attributes, the sizes of containers, the values of tensors."""
+    contents = {**layer.__dict__, **layer._parameters, **layer._buffers}
+    for name, value in contents.items():
+        if isinstance(value, torch.Tensor):
+            contents[name] = value.detach().clone()
+        elif isinstance(value, dict | list | set):
+            contents[name] = len(value)
+    return contents
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The name of something that was changed or added."""
+
+    def same(old: Any, new: Any) -> bool:
+        if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+            return torch.equal(old, new)
+        return old is new or (isinstance(new, int | float | str) and old == new)
+
+    return next((name for name, value in after.items() if name not in before or not same(before[name], value)), None)
 
 
 def _difference(got: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype) -> _Failure | None:
