@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gradkernels.integrations import timm, transformers
-from gradkernels.integrations.subclasses import CANDIDATES, fused_subclass
+from gradkernels.integrations.subclasses import CANDIDATES, fused_subclass, mixed
 from gradkernels.nn import GELU, LSTM, LayerNorm, LSTMCell, _Measuring
 from gradkernels.nn.measuring import NAMESPACE, remove_hooks
 
 FUSED = {layer.TWIN: layer for layer in (GELU, LayerNorm, LSTM, LSTMCell)}
 GELU_CLASSES = {**timm.GELU_CLASSES, **transformers.GELU_CLASSES}
 ORIGINAL = "_gradkernels_original_class"
-LAYER_NAME = re.compile(r"(Norm\d*d?|GELU|GeLU|Activation|LSTM|LSTMCell|GRU|GRUCell|RNN|RNNCell)$")
+LAYER_NAME = re.compile(r"(Norm(Act)?\d*d?(Fp32)?|GELU|GeLU|Activation|LSTM|LSTMCell|GRU|GRUCell|RNN|RNNCell)$")
 LAYER_MODULES = ("activation", "normalization", "batchnorm", "instancenorm", "rnn")
 
 
@@ -35,13 +35,13 @@ def convert(model: nn.Module) -> nn.Module:
     GELUs, nn.LSTM (whose twin is no subclass of it, see `gradkernels.nn.recurrent`) and nn.LSTMCell.
 
     A subclass of nn.LayerNorm or nn.GELU is tried first: its forward and a fused one, or a fused one over the channels of
-    (batch, channels, height, width), run on small random inputs, forward and backward. Where all numbers are equal within
-    rounding, the layer becomes fused and stays an instance of its class.
+    (batch, channels, ...), run on small random inputs, forward and backward. Where all numbers are equal within rounding, and
+    its forward writes to nothing, the layer becomes fused. Every layer but nn.LSTM stays an instance of its class.
 
     Only the class of a layer changes: its parameters, buffers, hooks, names, place in state_dict and in optimizers stay.
-    A subclass that computes something else, a parametrized layer, one on the meta device that would have to be tried, or one
-    whose `forward` was replaced is left alone: `uncovered(model)` lists them with the reason. Layers that are already fused
-    stay as they are. `revert` undoes it.
+    A subclass that computes something else, a parametrized layer, one on the meta device or with very long rows that would
+    have to be tried, or one whose `forward` was replaced is left alone: `uncovered(model)` lists them with the reason. Layers
+    that are already fused stay as they are. `revert` undoes it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -49,6 +49,7 @@ def convert(model: nn.Module) -> nn.Module:
         fused, attributes, _ = _fused_class(module)
         if fused is not None:
             attributes = {**attributes, "__module__": NAMESPACE}
+            module.__dict__.pop("forward", None)  # its class's own: see _replaced
             object.__setattr__(module, ORIGINAL, (type(module), tuple(attributes)))
             module.__dict__.update(attributes)
             module.__class__ = fused
@@ -58,13 +59,13 @@ def convert(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """`model` itself, with every layer that `convert` changed back in its original class, and measured by no Watch.
 
-    A layer whose class or forward somebody else has changed since (parametrize, weight_norm, a wrapper that holds the fused
-    forward) stays fused, for a swap would break it; one warning names these layers. Reverted again after that change was
-    taken back, they follow.
+    A layer that somebody else has changed since so that a swap would break it (parametrize, weight_norm, another class,
+    zoneout) stays fused; one warning names these layers. Reverted again after that change was taken back, they follow. A
+    fused forward that somebody keeps, a wrapper on the instance say, calls that of the original class from then on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    held, left = _held(model), []
+    left = []
     for name, module in model.named_modules():
         remove_hooks(module)
         if ORIGINAL not in module.__dict__:
@@ -72,10 +73,12 @@ def revert(model: nn.Module) -> nn.Module:
         original, attributes = vars(module)[ORIGINAL]
         for ours in ("on_forward", *module.stats_names()) if isinstance(module, _Measuring) else ():
             module.__dict__.pop(ours, None)
-        reason = _changed_since(module, id(module) in held)
+        reason = _changed_since(module)
         if reason is not None:
             left.append(f"{name or '(the model)'} ({type(module).__name__}): {reason}")
             continue
+        if not _replaced(module):
+            module.__dict__.pop("forward", None)
         del module.__dict__[ORIGINAL]
         for attribute in attributes:
             module.__dict__.pop(attribute, None)
@@ -108,7 +111,7 @@ def _fused_class(module: nn.Module) -> tuple[type | None, dict, str]:
     approximate = GELU_CLASSES.get(f"{cls.__module__}.{cls.__qualname__}")
     if isinstance(module, _Measuring) or (base is None and approximate is None):
         return None, {}, "no fused kernel for this layer"
-    if "forward" in module.__dict__:
+    if _replaced(module):
         return None, {}, "its forward was replaced on the instance"
     if is_parametrized(module):
         return None, {}, "its parameters are parametrized"
@@ -117,25 +120,23 @@ def _fused_class(module: nn.Module) -> tuple[type | None, dict, str]:
     if cls in FUSED:
         return FUSED[cls], {}, ""
     if approximate is not None:
-        return GELU, {"approximate": approximate}, ""
+        return mixed(GELU, cls), {"approximate": approximate}, ""
     if base in CANDIDATES:
         fused, reason = fused_subclass(module)
         return fused, {}, reason
     return None, {}, f"a subclass of nn.{base.__name__} that may compute something else"
 
 
-def _held(model: nn.Module) -> set[int]:
-    """The layers whose forward, as it is now, some module keeps in an attribute."""
-    methods = [value for module in model.modules() for value in vars(module).values() if isinstance(value, MethodType)]
-    return {id(method.__self__) for method in methods if method.__func__ is getattr(type(method.__self__), "forward", None)}
+def _replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward other than its class's; that one too may be there, where accelerate was."""
+    own = MethodType(type(module).forward, module)
+    return module.__dict__.get("forward", own) != own
 
 
-def _changed_since(module: nn.Module, held: bool) -> str | None:
+def _changed_since(module: nn.Module) -> str | None:
     """What somebody else has done to a converted layer so that its class cannot be put back, or None."""
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if held:
-        return "an attribute of a module holds its fused forward"
+    if isinstance(module, LSTM) and (module.zoneout_h or module.zoneout_c):
+        return "it has zoneout, which its original class has not"
     if is_parametrized(module):
         return "its parameters are parametrized"
     # A fused class names its twin itself; one that somebody derived from it does not.

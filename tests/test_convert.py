@@ -68,13 +68,14 @@ def test_uncovered_names_the_reason():
     net.add_module("replaced", nn.GELU())
     net.replaced.forward = lambda x: x
     net.add_module("tanh", nn.Tanh())
+    net.add_module("single", type("RmsNormFp32", (nn.Module,), {})())  # timm's names
     reasons = {layer.site: (layer.layer, layer.reason) for layer in gk.uncovered(gk.convert(net))}
     assert reasons["4"][0] == "Subclassed"
     assert re.fullmatch(r"its forward computes something else: y differs by \d\S* on a trial input", reasons["4"][1])
     assert reasons["5"] == ("BatchNorm1d", "no fused kernel for this layer")
     assert reasons["replaced"] == ("GELU", "its forward was replaced on the instance")
     assert reasons["tanh"][0] == "Tanh"
-    assert set(reasons) == {"4", "5", "replaced", "tanh"}
+    assert set(reasons) == {"4", "5", "replaced", "tanh", "single"}
 
 
 def test_parametrized_layer_is_left_alone():
@@ -226,6 +227,22 @@ def test_layers_changed_before_convert():
     )
 
 
+def test_forward_of_its_class_on_the_instance():
+    """As accelerate leaves it behind when its hooks are taken off: nothing was replaced."""
+    net, x = nn.Sequential(nn.LayerNorm(4), Plain(4)), torch.randn(3, 4)
+    for layer in net:
+        layer.forward = layer.forward
+    expected = net(x)
+    gk.convert(net)
+    assert all(isinstance(layer, gk.LayerNorm) for layer in net)
+    torch.testing.assert_close(net(x), expected)
+    for layer in net:
+        layer.forward = layer.forward
+    gk.revert(net)
+    assert [type(layer) for layer in net] == [nn.LayerNorm, Plain]
+    assert not any("forward" in vars(layer) for layer in net)
+
+
 def test_own_attribute_stats():
     layer = nn.LayerNorm(4)
     layer.stats = {"mine": 1}
@@ -255,12 +272,15 @@ def test_known_activations_of_timm():
     """By their names, for timm is not installed here."""
     for name, approximate in timm.GELU_CLASSES.items():
         module, _, cls = name.rpartition(".")
-        layer = type(cls, (nn.Module,), {"__module__": module})()
-        x = torch.randn(5)
+        original = type(cls, (nn.Module,), {"__module__": module, "forward": lambda self, input: input})
+        layer, x = original(), torch.randn(5)
+        described = repr(layer)
         torch.testing.assert_close(gk.convert(layer)(x), nn.functional.gelu(x, approximate=approximate))
-        assert type(layer) is gk.GELU
+        assert isinstance(layer, gk.GELU)
+        assert isinstance(layer, original)
+        assert repr(layer) == described
         gk.revert(layer)
-        assert type(layer).__name__ == cls
+        assert type(layer) is original
         assert "approximate" not in vars(layer)
 
 

@@ -1,5 +1,6 @@
 """revert, after somebody else changed a converted layer."""
 
+import copy
 import functools
 import re
 import warnings
@@ -41,8 +42,8 @@ CHANGES = {
     "old weight_norm": (lambda layer: nn.utils.weight_norm(layer, first_weight(layer)), None),
     "old spectral_norm": (lambda layer: nn.utils.spectral_norm(layer.eval(), first_weight(layer)), None),
     "prune": (lambda layer: prune.l1_unstructured(layer, first_weight(layer), 0.5), None),
-    "forward": (replace_forward, "forward was replaced"),
-    "_old_forward": (keep_old_forward, "forward was replaced"),
+    "forward": (replace_forward, None),
+    "_old_forward": (keep_old_forward, None),
     "class": (derive, "class was changed"),
     "hook": (lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,)), None),
 }
@@ -104,7 +105,6 @@ def test_parameters_of_a_changed_lstm_have_effect():
 def test_revert_follows_when_the_change_is_taken_back(layer):
     undo = {
         "parametrize": lambda module: parametrize.remove_parametrizations(module, first_weight_of(module)),
-        "forward": lambda module: delattr(module, "forward"),
         "class": lambda module: setattr(module, "__class__", type(module).__bases__[0]),
     }
 
@@ -126,15 +126,45 @@ def test_revert_follows_when_the_change_is_taken_back(layer):
 
 def test_revert_names_all_layers_in_one_warning():
     net = gk.convert(nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.LayerNorm(4)))
-    net[0].forward = net[0].forward
-    net.kept = net[2].forward
+    derive(net[0])
+    parametrize.register_parametrization(net[2], "weight", Exp())
     with pytest.warns(
-        UserWarning, match=r"0 \(LayerNorm\): its forward was replaced.*; 2 \(LayerNorm\): an attribute"
+        UserWarning, match=r"0 \(Derived\): its class was changed; 2 \(ParametrizedLayerNorm\): its parameters are"
     ) as caught:
         gk.revert(net)
     assert len(caught) == 1
     assert type(net[1]) is nn.GELU
-    net.kept(net(torch.randn(2, 4)))
+
+
+def test_revert_of_a_layer_with_zoneout():
+    """What its original class has not is not lost without a word."""
+    net, x = gk.convert(nn.Sequential(nn.LSTM(4, 4))).eval(), torch.randn(5, 2, 4)
+    net[0].zoneout_c = 0.5
+    expected = net(x)[0]
+    with pytest.warns(UserWarning, match=r"0 \(LSTM\): it has zoneout, which its original class has not"):
+        gk.revert(net)
+    assert torch.equal(net(x)[0], expected)
+    net[0].zoneout_c = 0.0
+    assert type(gk.revert(net)[0]) is nn.LSTM
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_kept_forward_calls_the_original(layer):
+    """Wherever a fused forward was put away, it works after revert, in a second step of training too."""
+    make, shape = LAYERS[layer]
+    net = gk.convert(nn.Sequential(make()))
+    kept = net[0].forward
+    net.kept, net.more = kept, {"inner": [functools.partial(kept)]}
+    net.forward = lambda x: kept(x)
+    expected, parameters = train(copy.deepcopy(gk.revert(nn.Sequential(copy.deepcopy(net[0])))), shape)
+    gk.revert(net)
+    assert type(net[0]) is type(make())
+    got, after = train(net, shape)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(list(after.values()), list(parameters.values()), rtol=0, atol=0)
+    x = torch.randn(shape)
+    for function in (net.kept, net.more["inner"][0]):
+        torch.testing.assert_close(function(x), net[0](x))
 
 
 def test_revert_after_the_original_class_was_set():

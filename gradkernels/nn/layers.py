@@ -18,6 +18,8 @@ class GELU(_Measuring, nn.GELU):
     PORTS, TWIN = gelu_op.PORTS, nn.GELU
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self, _Measuring):  # kept by somebody from before `revert`
+            return type(self).forward(self, input)
         self.enter(input)
         return gelu_op.gelu(input, self.approximate, stats=self.stats)
 
@@ -28,6 +30,8 @@ class LayerNorm(_Measuring, nn.LayerNorm):
     PORTS, TWIN = layer_norm_op.PORTS, nn.LayerNorm
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self, _Measuring):
+            return type(self).forward(self, input)
         self.enter(input)
         return layer_norm_op.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats)
 

@@ -116,9 +116,9 @@ class _Measuring(nn.Module):
         if self.TWIN is None:
             raise NotImplementedError(f"torch.jit.script: {name} has no twin in torch.nn that could be scripted in its place")
         if any(self.__dict__.get(stats) is not None for stats in self.stats_names()):
+            twin = f"{self.TWIN.__module__.partition('.modules.')[0]}.{self.TWIN.__name__}"
             raise RuntimeError(
-                f"torch.jit.script would put torch.nn.{self.TWIN.__name__} in the place of a {name} that measures: close() the "
-                "Watch first"
+                f"torch.jit.script would put {twin} in the place of a {name} that measures: close() the Watch first"
             )
         twin = copy.copy(self)
         twin.__class__ = self.TWIN

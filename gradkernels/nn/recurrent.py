@@ -101,6 +101,8 @@ class LSTM(_Quantizable, _Measuring, RNNBase):
     def forward(
         self, input: torch.Tensor | PackedSequence, hx: State | None = None, *, reset_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | PackedSequence, State]:
+        if not isinstance(self, _Measuring):  # kept by somebody from before `revert`
+            return type(self).forward(self, input, hx)
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, reset_mask)
@@ -189,6 +191,8 @@ class LSTMCell(_Quantizable, _Measuring, nn.LSTMCell):
     PORTS, TWIN = lstm_cell_op.PORTS, nn.LSTMCell
 
     def forward(self, input: torch.Tensor, hx: State | None = None) -> State:
+        if not isinstance(self, _Measuring):
+            return type(self).forward(self, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for index, value in enumerate(hx or ()):
