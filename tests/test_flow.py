@@ -4,25 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from watched import of_noise, trained
 
 import gradkernels as gk
-
-
-def of_noise(model):
-    return model(torch.randn(4, 8)).square().mean()
-
-
-def train(model, loss_of, *, steps=8, lr=1e-3):
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    watch = gk.watch(model, optimizer)
-    for _ in range(steps):
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        watch.step(loss)
-    return watch
 
 
 class Chain(nn.Module):
@@ -86,7 +70,7 @@ def test_an_encoder_used_twice():
 
 def test_a_block_that_ends_in_a_site():
     """The output of the block is that of its last layer: both are in line, and nothing goes past either."""
-    watch = train(nn.Sequential(*[EndsInNorm() for _ in range(3)]), of_noise, steps=2)
+    watch = trained(nn.Sequential(*[EndsInNorm() for _ in range(3)]), of_noise, steps=2)
     assert {stack.name for stack in watch.history.stacks} == {"0…2", "0…2.norm"}
     assert not any(any(stack.bypassed) for stack in watch.history.stacks)
     assert [site.name for site in watch.history.sites] == ["0.norm", "0", "1.norm", "1", "2.norm", "2"]
@@ -137,7 +121,7 @@ class Experts(nn.Module):
 
 def test_experts_side_by_side_are_not_in_line():
     """Expert 1 of a layer is followed by expert 1 of the next."""
-    watch = train(nn.Sequential(*[Experts() for _ in range(3)]), of_noise, steps=2)
+    watch = trained(nn.Sequential(*[Experts() for _ in range(3)]), of_noise, steps=2)
     names = {stack.name for stack in watch.history.stacks}
     assert {"0…2", *(f"0…2.experts.{k}" for k in range(3))} <= names
 
@@ -170,5 +154,7 @@ def test_exact_zeros_by_design():
         def forward(self, x):
             return x + self.b(self.a(x))
 
-    watch = train(nn.Sequential(*[Branch() for _ in range(4)]), lambda model: model(torch.ones(4, 8)).square().mean(), steps=4)
+    watch = trained(
+        nn.Sequential(*[Branch() for _ in range(4)]), lambda model: model(torch.ones(4, 8)).square().mean(), steps=4
+    )
     assert not watch.diagnose()

@@ -4,24 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from watched import trained
 
-import gradkernels as gk
 from gradkernels.diagnose import Severity
 
 IDS = torch.arange(48).reshape(4, 12) * 7 % 50
-
-
-def train(model, loss_of, *, steps=8, lr=1e-3):
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    watch = gk.watch(model, optimizer)
-    for _ in range(steps):
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        watch.step(loss)
-    return watch
 
 
 def alarms(watch):
@@ -30,10 +17,6 @@ def alarms(watch):
 
 def language(y, ids=IDS):
     return F.cross_entropy(y.flatten(0, 1), ids.flatten())
-
-
-def of_noise(model):
-    return model(torch.randn(4, 8)).square().mean()
 
 
 class Block(nn.Module):
@@ -206,7 +189,7 @@ HEALTHY = {
 def test_healthy(name):
     torch.manual_seed(0)
     (model, loss), stacks = HEALTHY[name][0](), HEALTHY[name][1]
-    watch = train(model, loss, steps=14 if "random" in name else 6)
+    watch = trained(model, loss, steps=14 if "random" in name else 6)
     assert not alarms(watch)
     assert not {"encoder", "decoder"} & {site.name for site in watch.sites}
     found = {stack.name: len(stack.sites) for stack in watch.history.stacks}
@@ -268,7 +251,7 @@ class DeadMiddle(nn.Module):
 def test_post_norm_without_warm_up():
     """It begins uniform, and vanishes once the large first steps have been taken."""
     torch.manual_seed(0)
-    watch = train(PostLN(), lambda model: language(model(torch.randint(50, (4, 12)))), steps=90, lr=1e-2)
+    watch = trained(PostLN(), lambda model: language(model(torch.randint(50, (4, 12)))), steps=90, lr=1e-2)
     (finding,) = alarms(watch)
     assert (finding.code, finding.stack) == ("VANISHING", "body.1.0…17")
     assert finding.site in ("body.1.0", "body.1.1")
@@ -279,17 +262,17 @@ def test_post_norm_without_warm_up():
 def test_tanh_in_the_middle():
     torch.manual_seed(0)
     x, y = torch.randn(32, 16), torch.randint(0, 4, (32,))
-    (finding,) = alarms(train(TanhInTheMiddle(), lambda model: F.cross_entropy(model(x), y)))
+    (finding,) = alarms(trained(TanhInTheMiddle(), lambda model: F.cross_entropy(model(x), y)))
     assert (finding.code, finding.stack, finding.site) == ("VANISHING", "middle.0…38", "middle.0")
 
 
 def test_an_encoder_that_dies_while_the_decoder_learns():
     torch.manual_seed(0)
-    (finding,) = alarms(train(DyingEncoder(), lambda model: language(model(IDS))))
+    (finding,) = alarms(trained(DyingEncoder(), lambda model: language(model(IDS))))
     assert (finding.code, finding.stack, finding.severity) == ("VANISHING", "encoder.0…7.0", Severity.ERROR)
 
 
 def test_a_dead_middle_behind_skips():
     torch.manual_seed(0)
-    (finding,) = alarms(train(DeadMiddle(), lambda model: model(torch.randn(16, 32)).square().mean()))
+    (finding,) = alarms(trained(DeadMiddle(), lambda model: model(torch.randn(16, 32)).square().mean()))
     assert (finding.code, finding.site) == ("VANISHING", "blocks.4.0")

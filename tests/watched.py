@@ -19,6 +19,24 @@ def train(net, *args, steps=3, watch=None):
     return watch
 
 
+def trained(model, loss_of, *, steps=8, lr=1e-3):
+    """The Watch of a model after some steps of Adam on loss_of(model)."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    watch = gk.watch(model, optimizer)
+    for _ in range(steps):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.step(loss)
+    return watch
+
+
+def of_noise(model):
+    return model(torch.randn(4, 8)).square().mean()
+
+
 def total(value):
     if isinstance(value, torch.Tensor):
         return value.abs().sum() if value.is_complex() else value.square().sum()
