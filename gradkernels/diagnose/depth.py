@@ -6,12 +6,15 @@ that keeps the norm, or the root mean square, the other one changes with the num
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gradkernels.diagnose.finding import Finding, Severity
+from gradkernels.telemetry.fields import NONFINITE, NUMEL, OBSERVATIONS
 from gradkernels.telemetry.history import History, SiteRows, Stack
+from gradkernels.telemetry.records import norms_of
 
 GRADES = ((3.0, Severity.ERROR), (1.5, Severity.WARNING), (1.0, Severity.NOTE))  # decades
 PERSISTENCE = 3  # steps in a row before anything is said
@@ -28,14 +31,13 @@ class Profile:
     """A stack over the steps: arrays (steps, sites).
 
     decades: log10 of the root mean square of dL/dh, less what sizes and gates explain, 0 at the last site; NaN where there is
-    no gradient, or none that is finite. broken: whether elements are not finite.
+    no gradient, or none that is finite. rms: the root mean square itself.
     """
 
     stack: Stack
     steps: np.ndarray
     decades: np.ndarray
     rms: np.ndarray
-    broken: np.ndarray
 
 
 def profiles(history: History) -> list[Profile]:
@@ -44,19 +46,20 @@ def profiles(history: History) -> list[Profile]:
     steps = history.steps
     found = []
     for stack in history.stacks:
-        rms, size, broken = _gather(history, [sites[name] for name in stack.sites])
+        rms, size = _gather(history, [sites[name] for name in stack.sites])
         if (np.isfinite(rms).sum(1) >= 2).any():
             allowed = np.array([GATED.get(sites[name].layer, 0.0) for name in stack.sites])
-            found.append(Profile(stack, steps, _decades(rms, size, allowed), rms, broken))
+            found.append(Profile(stack, steps, _decades(rms, size, allowed), rms))
     return found
 
 
-def _gather(history: History, sites: list[SiteRows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Root mean square (NaN: no gradient), elements per backward call, whether any is not finite: (steps, sites) each."""
-    columns = {name: [history.column(name, site.name) for site in sites] for name in ("rms", "numel", "observation_count")}
-    broken = np.stack([history.column("nonfinite_count", site.name) > 0 for site in sites], 1)
-    size = np.stack(columns["numel"], 1) / np.stack(columns["observation_count"], 1)
-    return np.where(broken, np.nan, np.stack(columns["rms"], 1)), size, broken
+def _gather(history: History, sites: list[SiteRows]) -> tuple[np.ndarray, np.ndarray]:
+    """Root mean square (NaN: no gradient, or none that is finite) and elements per backward call: (steps, sites) each."""
+    rows = np.stack([history.rows(site) for site in sites], 1)
+    broken, observations = rows[..., NONFINITE] > 0, rows[..., OBSERVATIONS]
+    seen = observations > 0
+    size = np.divide(rows[..., NUMEL], observations, out=np.full(seen.shape, np.nan), where=seen)
+    return np.where(seen & ~broken, norms_of(rows, rms=True), np.nan), size
 
 
 def _decades(rms: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -113,7 +116,7 @@ def _growth(decades: np.ndarray, bypassed: tuple[bool, ...]) -> np.ndarray:
     return np.maximum(result, 0.0)
 
 
-def _along(history: History, code: str, amount_of: object) -> list[Finding]:
+def _along(history: History, code: str, amount_of: Callable[[np.ndarray, tuple[bool, ...]], np.ndarray]) -> list[Finding]:
     """The findings of all stacks. What is found in blocks is not said again of the layers inside them."""
     found = []
     for profile in profiles(history):
@@ -130,15 +133,14 @@ def _finding(profile: Profile, code: str, amount: np.ndarray, history: History) 
     if not usable.any():
         return None
     # Steps that were not finite say nothing about size: what held before them still holds.
-    steps, amount, decades = profile.steps[usable], amount[usable], profile.decades[usable]
+    profile = replace(profile, steps=profile.steps[usable], decades=profile.decades[usable], rms=profile.rms[usable])
+    amount = amount[usable]
     worst = amount.max(1)
     for ongoing in (True, False):
         for threshold, severity in GRADES:
-            run = _run(worst >= threshold, decades, ongoing)
-            if run is None:
-                continue
-            first, last = run
-            return _describe(profile, code, severity, (first, last, ongoing), steps, amount, decades, history)
+            run = _run(worst >= threshold, profile.decades, ongoing)
+            if run is not None:
+                return _describe(profile, code, severity, (*run, ongoing), amount, history)
     return None
 
 
@@ -162,14 +164,12 @@ def _describe(
     code: str,
     severity: Severity,
     run: tuple[int, int, bool],
-    steps: np.ndarray,
     amount: np.ndarray,
-    decades: np.ndarray,
     history: History,
 ) -> Finding:
     first, last, ongoing = run
     shown = last if ongoing else first + int(amount[first : last + 1].max(1).argmax())
-    sites, values = profile.stack.sites, decades[shown]
+    sites, steps, values = profile.stack.sites, profile.steps, profile.decades[shown]
     site = int(amount[shown].argmax())
     known = np.flatnonzero(np.isfinite(values))
     later = known[known > site]

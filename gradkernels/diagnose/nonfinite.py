@@ -8,11 +8,10 @@ from itertools import groupby
 import numpy as np
 
 from gradkernels.diagnose.finding import Finding, Severity
-from gradkernels.telemetry.fields import FIELDS
+from gradkernels.telemetry.fields import NONFINITE
 from gradkernels.telemetry.history import History
 from gradkernels.telemetry.records import Record
 
-_NONFINITE = FIELDS.index("nonfinite_count")
 INCOMING = ("dy", "dskip", "dbranch", "dnew_residual", "dh_next", "dc_next")
 ADVICE = (
     "look at what this module computes there (a division, a root, a logarithm, an overflow of a 16-bit dtype), lower the "
@@ -22,7 +21,7 @@ ADVICE = (
 
 def nonfinite(history: History) -> list[Finding]:
     """The steps with gradients that are not finite up to the last step, or the last ones that have passed."""
-    bad = np.array([snapshot.values[:, _NONFINITE].sum() for snapshot in history.snapshots])
+    bad = np.array([snapshot.values[:, NONFINITE].sum() for snapshot in history.snapshots])
     if not bad.any():
         return []
     last = int(np.flatnonzero(bad)[-1])

@@ -41,7 +41,8 @@ def draw_flow(figure: object, axes: object, history: History, findings: Sequence
     """What flow_picture shows, on axes of a figure."""
     import matplotlib as mpl
 
-    shown = [profile for profile in profiles(history) if not profile.stack.inside] or profiles(history)
+    every = profiles(history)
+    shown = [profile for profile in every if not profile.stack.inside] or every
     if not shown:
         raise ValueError("flow_picture: history must hold a stack of two sites with a gradient, got none")
     rows = np.concatenate([_colour_values(profile) for profile in shown])

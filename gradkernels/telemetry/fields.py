@@ -16,7 +16,10 @@ FIELDS = (
     "nonfinite_count",  # elements that are NaN or infinite
     "zero_count",  # elements that are exactly zero
 )
+NUMEL = FIELDS.index("numel")
+OBSERVATIONS = FIELDS.index("observation_count")
 ABS_MAX = FIELDS.index("abs_max")
+NONFINITE = FIELDS.index("nonfinite_count")
 SCALE = 2.0**537
 NUM_CELLS = 1024  # of a row on a GPU, one for each program that may run: four an SM and more
 TIME_FIELDS = (  # of one time step of one direction of an LSTM layer; norms merge by hypot, the rest by +

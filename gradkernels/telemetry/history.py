@@ -11,7 +11,7 @@ from typing import TextIO
 
 import numpy as np
 
-from gradkernels.telemetry.fields import FIELDS
+from gradkernels.telemetry.fields import FIELDS, OBSERVATIONS
 from gradkernels.telemetry.records import Record, norms_of, record_of
 from gradkernels.telemetry.snapshot import Snapshot
 from gradkernels.telemetry.time_profile import TimeProfile, profile_of
@@ -62,10 +62,14 @@ class History:
     layers: the classes of the model's modules, for advice in the words of the net at hand.
     """
 
-    layers: tuple[str, ...] = ()
-
-    def __init__(self, sites: Iterable[SiteRows] = (), stacks: Iterable[Stack] = (), max_bytes: int = MAX_BYTES) -> None:
-        self.sites, self.stacks, self.max_bytes = list(sites), list(stacks), max_bytes
+    def __init__(
+        self,
+        sites: Iterable[SiteRows] = (),
+        stacks: Iterable[Stack] = (),
+        max_bytes: int = MAX_BYTES,
+        layers: tuple[str, ...] = (),
+    ) -> None:
+        self.sites, self.stacks, self.max_bytes, self.layers = list(sites), list(stacks), max_bytes, layers
         self.snapshots: deque[Snapshot] = deque()
         self._nbytes = 0
 
@@ -90,14 +94,17 @@ class History:
         field: one of FIELDS, or "norm" or "rms" as Record has them. port: the one that holds dL/dh where None. Raises
         KeyError for a site or port that there is not.
         """
-        rows = self._site(site)
-        offset = rows.ports.index(port or rows.port) if (port or rows.port) in rows.ports else None
-        if offset is None:
-            raise KeyError(f"history: {site} has the ports {rows.ports}, got {port!r}")
-        values = [snapshot.values[rows.first + offset] for snapshot in self.snapshots]
-        values = np.array(values).reshape(len(values), len(FIELDS))
-        column = values[:, FIELDS.index(field)] if field in FIELDS else norms_of(values, rms=field == "rms")
-        return np.where(values[:, FIELDS.index("observation_count")] > 0, column, np.nan)
+        rows = self.rows(self._site(site), port)
+        column = rows[:, FIELDS.index(field)] if field in FIELDS else norms_of(rows, rms=field == "rms")
+        return np.where(rows[:, OBSERVATIONS] > 0, column, np.nan)
+
+    def rows(self, site: SiteRows, port: str | None = None) -> np.ndarray:
+        """One row over the steps, (steps, len(FIELDS)); zeros in steps in which nothing flowed through it. As `column`."""
+        port = port or site.port
+        if port not in site.ports:
+            raise KeyError(f"history: {site.name} has the ports {site.ports}, got {port!r}")
+        row = site.first + site.ports.index(port)
+        return np.array([snapshot.values[row] for snapshot in self.snapshots]).reshape(-1, len(FIELDS))
 
     def _site(self, name: str) -> SiteRows:
         for site in self.sites:
@@ -112,7 +119,7 @@ class History:
         for site in self.sites if snapshot is not None else ():
             for offset, port in enumerate(site.ports):
                 row = site.first + offset
-                if snapshot.values[row, 1]:
+                if snapshot.values[row, OBSERVATIONS]:
                     result.append(record_of(site.name, port, snapshot.values[row]))
         return result
 
@@ -163,7 +170,7 @@ class History:
                     history._read_header(line)
                 else:
                     rows = max((site.first + len(site.ports) for site in history.sites), default=0)
-                    history.append(Snapshot.from_json(line, rows, len(FIELDS)))
+                    history.append(Snapshot.from_json(line, rows))
             except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise ValueError(f"stats.jsonl, line {number}: expected a line of History.write, got {text[:60]!r}") from error
         return history

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gradkernels.telemetry.fields import FIELDS, OBSERVATIONS
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -30,7 +32,7 @@ class Snapshot:
 
     def to_json(self) -> dict:
         """What `from_json` makes the same snapshot of: rows that nothing flowed through are left out."""
-        seen = np.flatnonzero(self.values[:, 1])
+        seen = np.flatnonzero(self.values[:, OBSERVATIONS])
         return {
             "step": self.step,
             "loss": _to_json(self.loss),
@@ -40,9 +42,9 @@ class Snapshot:
         }
 
     @classmethod
-    def from_json(cls, line: dict, num_rows: int, num_fields: int) -> Snapshot:
+    def from_json(cls, line: dict, num_rows: int) -> Snapshot:
         """The snapshot of a line of stats.jsonl. Raises KeyError, TypeError or ValueError where it is none."""
-        values = np.zeros((num_rows, num_fields))
+        values = np.zeros((num_rows, len(FIELDS)))
         for row, *fields in line["rows"]:
             values[row] = fields
         times = {site: np.asarray(rows, dtype=np.float64) for site, rows in line["time"].items()}
