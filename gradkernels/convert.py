@@ -30,6 +30,12 @@ class Uncovered(NamedTuple):
     reason: str
 
 
+def check_module(function: str, model: nn.Module) -> None:
+    """Raises TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def convert(model: nn.Module) -> nn.Module:
     """`model` itself, with each layer that has a fused twin turned into it: nn.LayerNorm, nn.GELU, transformers' and timm's
     GELUs, nn.LSTM (whose twin is no subclass of it, see `gradkernels.nn.recurrent`) and nn.LSTMCell.
@@ -43,8 +49,7 @@ def convert(model: nn.Module) -> nn.Module:
     have to be tried, or one whose `forward` was replaced is left alone: `uncovered(model)` lists them with the reason. Layers
     that are already fused stay as they are. `revert` undoes it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("convert", model)
     for module in model.modules():
         fused, attributes, _ = _fused_class(module)
         if fused is not None:
@@ -63,8 +68,7 @@ def revert(model: nn.Module) -> nn.Module:
     zoneout) stays fused; one warning names these layers. Reverted again after that change was taken back, they follow. A
     fused forward that somebody keeps, a wrapper on the instance say, calls that of the original class from then on.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("revert", model)
     left = []
     for name, module in model.named_modules():
         remove_hooks(module)

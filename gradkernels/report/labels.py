@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 
 COLUMNS = 80
-NUMBER = re.compile(r"\d+")
 
 
 def short_name(path: str, width: int) -> str:

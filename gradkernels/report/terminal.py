@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from gradkernels.diagnose import RULES, Finding
 from gradkernels.diagnose.depth import PERSISTENCE
-from gradkernels.report.labels import NUMBER, short_name, site_label, wrap
+from gradkernels.report.labels import short_name, site_label, wrap
 from gradkernels.telemetry import History, Record, SiteRows
+from gradkernels.telemetry.names import without_numbers
 
 BAR = 16  # characters
 SITE = 31
@@ -106,7 +107,7 @@ def _worth_showing(rows: dict[str, dict[str, Record]], decades: dict[str, float]
     """Of many sites that differ in numbers alone: the first, the last, the lowest, the highest and the first that is broken."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in rows:
-        kinds[NUMBER.sub("*", name)].append(name)
+        kinds[without_numbers(name)].append(name)
     shown: set[str] = set()
     for names in kinds.values():
         if len(names) <= ALIKE:

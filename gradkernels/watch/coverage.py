@@ -12,10 +12,10 @@ from torch import nn
 
 from gradkernels.convert import Uncovered, uncovered
 from gradkernels.telemetry import History
+from gradkernels.telemetry.names import without_numbers
 from gradkernels.watch.flow import Flow
 from gradkernels.watch.sites import PROBE, Site, names_of
 
-NUMBER = re.compile(r"\d+")
 CALL = re.compile(r"\b(?:F|functional)\.(gelu|layer_norm|lstm_cell|relu|silu|softmax|rms_norm|batch_norm|group_norm)\(")
 
 
@@ -58,7 +58,7 @@ def coverage(model: nn.Module, sites: Iterable[Site], history: History, step: in
         tuple(site.name for site in sites if site.role != PROBE),
         tuple(site.name for site in sites if site.role == PROBE),
         tuple((name, why) for name, why in silent if why),
-        tuple(Uncovered(now[model.get_submodule(path)][0], layer, why) for path, layer, why in uncovered(model)),
+        tuple(Uncovered(now[model.get_submodule(path)], layer, why) for path, layer, why in uncovered(model)),
         tuple(_functional(model)),
         "the flow of data" if flow.known else "registration (no training forward was seen outside torch.compile)",
     )
@@ -101,7 +101,7 @@ def _grouped(items: Iterable[tuple[str, str]]) -> list[str]:
     """One line for names that differ in numbers alone, with the same remark."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, remark in items:
-        groups[NUMBER.sub("*", name), remark].append(name or "(the model)")
+        groups[without_numbers(name), remark].append(name or "(the model)")
     lines = []
     for (pattern, remark), names in groups.items():
         text = names[0] if len(names) == 1 else f"{pattern} ({len(names)})"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from torch import nn
 from gradkernels.nn import AddLayerNorm, Residual, _Measuring
 from gradkernels.ops.probe import PORTS as PROBE_PORTS
 from gradkernels.ops.probe import GradientHook
+from gradkernels.telemetry.names import NUMBER
 
 PROBE, RESIDUAL, LAYER = "probe", "residual", "layer"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MANY_LAYERS = 4  # of one class in a container: a chain worth looking into, also inside a block
 HEAD = 4096  # outputs from which on a Linear that widens fourfold is taken for a vocabulary's: too large to read for nothing
-NUMBER = re.compile(r"\d+")
 WRAPPED = re.compile(r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module")
 WRAPPER = re.compile(r"Parallel|AveragedModel|Engine")  # in the class names of those that call their model `module`
 
@@ -35,7 +36,6 @@ class Site:
     """
 
     name: str
-    path: str
     module: nn.Module
     role: str
     ports: tuple[str, ...]
@@ -85,30 +85,34 @@ def sites_of(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Si
     else:
         chosen = set()
         for pattern in patterns:
-            found = {module for module, (name, _) in names.items() if fnmatchcase(name, pattern)}
+            found = {module for module, name in names.items() if fnmatchcase(name, pattern)}
             if not found:
                 raise ValueError(f"watch: sites must match modules of the model, got {pattern!r}, which matches none")
             chosen |= found
     if not chosen:
         raise RuntimeError("watch: model has no parameters and no layer with a fused kernel: there is nothing to measure")
-    fallback = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     result = []
-    for module, (name, path) in names.items():
+    for module, name in names.items():
         if module not in chosen:
             continue
-        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), fallback)
+        device = device_of(module) or device_of(model) or torch.device("cpu")
         if module not in fused:
-            result.append(Site(name, path, module, PROBE, PROBE_PORTS, device))
+            result.append(Site(name, module, PROBE, PROBE_PORTS, device))
             continue
         role = RESIDUAL if isinstance(module, Residual | AddLayerNorm) else LAYER
         for part in module.parts:
-            result.append(Site(name + part.replace("_l", ".l", 1), path, module, role, module.PORTS, device, part))
+            result.append(Site(name + part.replace("_l", ".l", 1), module, role, module.PORTS, device, part))
     return result
 
 
-def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
-    """Every module's name and path, a module after what is inside it. The name is the path without what wrappers put in."""
-    found: dict[nn.Module, tuple[str, str]] = {}
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's parameters, or else its buffers, are; None where it has none."""
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module's name, a module after what is inside it: its path without what wrappers put in."""
+    found: dict[nn.Module, str] = {}
     taken: set[str] = set()
 
     def visit(module: nn.Module, name: str, path: str, seen: set[nn.Module]) -> None:
@@ -122,7 +126,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
         if own in taken and not WRAPPER.search(type(module).__name__):
             own = path or "(model)"
         taken.add(own)
-        found[module] = (own, path)
+        found[module] = own
 
     visit(model, "", "", set())
     return found

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from gradkernels.telemetry.history import Stack
+from gradkernels.telemetry.names import NUMBER, without_numbers
 from gradkernels.watch.flow import Flow
 from gradkernels.watch.sites import PROBE, RESIDUAL, Site
 
 FEW = 3  # sites of one class, each with a name of its own: two of them (an encoder and a decoder) make a stack only alone
-NUMBER = re.compile(r"\d+")
 
 
 def stacks_of(sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> list[Stack]:
@@ -44,22 +43,27 @@ def stacks_of(sites: Sequence[Site], module_of: Sequence[int], flow: Flow) -> li
 def _kind(site: Site, own_name: bool) -> tuple:
     """What sites of one kind share."""
     path = site.name if own_name else site.name.rpartition(".")[0]
-    return NUMBER.sub("*", path), type(site.module), site.role
+    return without_numbers(path), type(site.module), site.role
 
 
 def _chains(members: list[int], sites: Sequence[Site], module_of: Sequence[int], reach: list[int] | None) -> list[list[int]]:
     """The members, by depth, in chains of which each feeds the next: each goes on the chain whose end is named most like it."""
+
+    def distance(end: int, index: int) -> int:
+        """In how many numbers their names differ."""
+        names = (NUMBER.findall(sites[place].name) for place in (end, index))
+        return sum(a != b for a, b in zip(*names, strict=False))
+
+    def feeds(end: int, index: int) -> bool:
+        if reach is None:
+            return distance(end, index) == 1
+        return bool(reach[module_of[end]] >> module_of[index] & 1) or _follows(sites[end], sites[index])
+
     chains: list[list[int]] = []
     for index in members:
-        if reach is None:
-            fits: Callable[[int], bool] = lambda end, index=index: _distance(sites[end].name, sites[index].name) == 1  # noqa: E731
-        else:
-            fits = lambda end, index=index: (  # noqa: E731
-                reach[module_of[end]] >> module_of[index] & 1 or _follows(sites[end], sites[index])
-            )
-        open_chains = [chain for chain in chains if fits(chain[-1])]
-        if open_chains:
-            min(open_chains, key=lambda chain: _distance(sites[chain[-1]].name, sites[index].name)).append(index)
+        fitting = [chain for chain in chains if feeds(chain[-1], index)]
+        if fitting:
+            min(fitting, key=lambda chain: distance(chain[-1], index)).append(index)
         else:
             chains.append([index])
     return chains
@@ -72,11 +76,6 @@ def _follows(earlier: Site, later: Site) -> bool:
         and earlier.part.endswith("_reverse") == later.part.endswith("_reverse")
         and earlier != later
     )
-
-
-def _distance(first: str, second: str) -> int:
-    """In how many numbers two names differ."""
-    return sum(a != b for a, b in zip(NUMBER.findall(first), NUMBER.findall(second), strict=False))
 
 
 def _stack(names: list[str], bypassed: list[bool], outer: set[str]) -> Stack:

@@ -11,7 +11,7 @@ from torch import nn
 
 from gradkernels.nn import LSTM
 from gradkernels.telemetry import ABS_MAX, FIELDS, fold, new_stats, new_time_stats, take_steps
-from gradkernels.watch.sites import Site
+from gradkernels.watch.sites import Site, device_of
 
 TIME_STEPS = 256  # for which an LSTM has room before its first call
 Taken = list[tuple[list[int], torch.Tensor]]  # rows, and which of all rows they are
@@ -43,11 +43,11 @@ class Tables:
             self._tables.append((rows, table))
             begin = 0
             for site in sites:
-                own = table[begin : begin + len(site.ports)]
+                site.table = table[begin : begin + len(site.ports)]
                 begin += len(site.ports)
-                if isinstance(site.module, LSTM) and (site.time_stats is None or site.time_stats.device != device):
-                    site.time_stats = new_time_stats(TIME_STEPS, device)
-                site.table = own
+        for site in self._timed:
+            if site.time_stats is None or site.time_stats.device != site.device:
+                site.time_stats = new_time_stats(TIME_STEPS, site.device)
         if self.measuring:
             self.resume()
 
@@ -67,9 +67,9 @@ class Tables:
         """A module that ran on `device` has moved there: so have the others, each to where its parameters are."""
         old = next(site.device for site in self.sites if site.module is module)
         for site in self.sites:
-            tensors = [*site.module.parameters(), *site.module.buffers()] if site.module is not module else []
-            if tensors:
-                site.device = tensors[0].device
+            own = device_of(site.module) if site.module is not module else None
+            if own is not None:
+                site.device = own
             elif site.device == old:
                 site.device = device
         self._allocate()
@@ -80,8 +80,7 @@ class Tables:
         for rows, table in self._tables:
             if not table.is_meta:
                 taken.append((rows, fold(table).to("cpu", non_blocking=True)))
-        timed = [(site.name, site.time_stats) for site in self._timed if not site.time_stats.is_meta]
-        return taken, [(name, take_steps(time_stats)) for name, time_stats in timed]
+        return taken, [(site.name, take_steps(site.time_stats)) for site in self._timed if not site.time_stats.is_meta]
 
     def synchronize(self) -> None:
         """Waits until the copies that `take` has begun are there."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from gradkernels.convert import convert
+from gradkernels.convert import check_module, convert
 from gradkernels.diagnose import Finding, diagnose
 from gradkernels.nn import _Measuring
 from gradkernels.nn.measuring import Hook, hooks_of
@@ -52,10 +52,8 @@ class Watch:
         self.sites = found
         self._rates = _Rates(optimizer)
         self._unread: list[tuple] = []
-        self._history = History()
-        self._history.layers = tuple(sorted({type(module).__name__ for module in model.modules()}))
+        self._history = History(layers=tuple(sorted({type(module).__name__ for module in model.modules()})))
         self._describe()
-        self.step_count = 0
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
         self._end = weakref.finalize(self, _let_go, found, self._run.hooks, self._run.learning, self._rates.hooks)
         self._end.atexit = False
@@ -70,14 +68,18 @@ class Watch:
             if loss.numel() != 1:
                 raise ValueError(f"step: loss must be one number, got a tensor of shape {tuple(loss.shape)}")
             loss = loss.detach().to("cpu", non_blocking=True, copy=True)
-        self.step_count += 1
+        self._unread.append((self._run.step, loss, self._rates.take(), *self._run.tables.take()))
         self._run.step += 1
-        self._unread.append((self.step_count, loss, self._rates.take(), *self._run.tables.take()))
         if self._run.end_pass():
             self.sites = [site for index in self._run.flow.order for site in self._run.of_module[index]]
             self._describe()
         if len(self._unread) > MAX_UNREAD:
             self._read()
+
+    @property
+    def step_count(self) -> int:
+        """How many steps are finished."""
+        return self._run.step - 1
 
     @property
     def history(self) -> History:
@@ -125,7 +127,7 @@ class Watch:
         Raises ValueError where no LSTM has that name.
         """
         lstms = [own for own in self.sites if own.time_stats is not None]
-        modules = {own.name: own.name.removesuffix(own.part.replace("_l", ".l", 1)) for own in lstms}
+        modules = {own.name: own.name.rpartition(".")[0] for own in lstms}
         if site is not None and site not in {*modules, *modules.values()}:
             raise ValueError(f"time_profile: site must be one of {sorted({*modules, *modules.values()})}, got {site!r}")
         profiles = self.history.time_profiles()
@@ -256,10 +258,9 @@ class _Run:
                 return
             if site.device != h.device:
                 self.tables.follow(module, h.device)
-            if site.stats is not None:
-                handle = site.hook.attach(h)
-                if handle is not None and h.is_leaf:
-                    site.kept.append(handle)
+            handle = site.hook.attach(h)
+            if handle is not None and h.is_leaf:
+                site.kept.append(handle)
 
         def trace(module: nn.Module, args: Any, output: Any) -> None:
             h = hidden_state(output)
@@ -292,8 +293,7 @@ def _rates(optimizer: torch.optim.Optimizer) -> list:
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Sequence[str] | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"watch: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("watch", model)
     if isinstance(sites, str):
         raise TypeError(f"watch: sites must be a list of patterns, got the string {sites!r}")
     for name, module in model.named_modules():
