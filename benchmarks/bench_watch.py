@@ -1,11 +1,10 @@
 """What watching costs beside the kernels: the probes of a training step, and `watch.step()`.
 
-`on` is a watched model, `off` the same model, converted and not watched, in turns on the same batch.
+`on` is a watched model, "eager" the same model, converted and not watched, in turns on the same batch.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -66,5 +65,4 @@ def _step_time() -> dict:
         start = time.perf_counter()
         watch.step()
         times.append(1e6 * (time.perf_counter() - start))
-    times = sorted(times[ROUNDS:])
-    return {"median": statistics.median(times), "p20": times[len(times) // 5], "p80": times[-len(times) // 5]}
+    return harness.quantiles(times[ROUNDS:])
