@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "plans.h"
+#include "probe_hook.h"
 
 namespace py = pybind11;
 
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
     return names[static_cast<int>(gk::cpu_isa())];
   });
   gk::bind_plans(m);
+  gk::bind_probe_hook(m);
 }

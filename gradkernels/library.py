@@ -49,8 +49,10 @@ def define(schema: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, NAMESPACE), schema.split("(")[0]).default
 
 
-def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define_kernel(schema: str, reference: Callable, fake: Callable, differentiable: bool = True) -> torch._ops.OpOverload:
     """An op with kernels: `reference` runs wherever no device has one of its own, `fake` gives shapes and dtypes.
+
+    differentiable: False where all that it does is reading and writing statistics.
 
     Under torch.func.vmap, and where this op itself is differentiated (an outer level of nested transforms; the node of
     the op that users call runs it below autograd), the reference runs: its operations have batching rules and derivatives.
@@ -74,7 +76,10 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> torch._op
 
     for key in ("CompositeExplicitAutograd", *VMAP_KEYS):
         LIBRARY.impl(name, reference, key)
-    LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
+    if differentiable:
+        LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
+    else:
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op.py_impl(FunctionalTensorMode)(lambda mode, *args: _trace(op, unmeasured, mode, args))
     return op

@@ -147,6 +147,10 @@ def table(ports, on=True):
     return torch.zeros(ports, NUM_CELLS, 8, dtype=torch.float64) if on else None
 
 
+def rows(ports):
+    return torch.full((ports, 8), torch.nan, dtype=torch.float64)
+
+
 def outputs_of(result):
     return result if isinstance(result, (tuple, list)) else () if result is None else (result,)
 

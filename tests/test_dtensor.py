@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from gradkernels.sharding import RULES
 
 TESTS = Path(__file__).parent
-OF_TABLES = {"add_row", "add_steps", "fold", "make_room", "take_steps"}
+OF_TABLES = {"add_row", "add_steps", "make_room", "take_rows", "take_steps"}
 ORDERS = {
     "": False,
     "import torch.distributed.tensor; ": True,

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from plan_rig import check_replay, for_hopper, rigged, stand_in, table
+from plan_rig import check_replay, for_hopper, rigged, rows, stand_in, table
 
 from benchmarks.codegen import TARGETS, compile_for, tool
 from gradkernels.library import _C
@@ -107,8 +107,8 @@ def test_layouts():
     """Rows with a stride of their own, and dense tensors in another order of dimensions, are no copies: they have plans."""
     check(lambda: {"layer_norm_fwd": (randn(9, 100)[:, :64], randn(64), None, 1, 1e-6)})
     check(lambda: {"gelu_bwd": (randn(4, 6, 8).transpose(0, 2), randn(4, 6, 8).transpose(0, 2), True, None)})
-    check(lambda: {"fold": (table(7),)})
-    check(lambda: {"fold": (table(0),)})
+    check(lambda: {"take_rows": (table(7), rows(7))})
+    check(lambda: {"take_rows": (table(0), rows(0))})
 
 
 def test_shared_storage():
@@ -241,12 +241,12 @@ def test_parameters_are_the_compiled_kernels():
         return kernels[found.kernel.fn.__name__][1]
 
     check(partial(pointwise_calls, (40, 512), BF16, True), compiled_for)
-    check(lambda: {"fold": (table(7),)}, compiled_for)
+    check(lambda: {"take_rows": (table(7), rows(7))}, compiled_for)
     seen = check(partial(norm_calls, (9, 512), BF16, True, narrow=True), compiled_for)
     check(partial(norm_calls, (5, 20000), F32, True), compiled_for)
     check(partial(walk_calls, 3, 5, 32, 16, BF16), compiled_for)
     assert len(seen["layer_norm_bwd"]) == 2
-    assert {"gelu_fwd_kernel", "gelu_bwd_kernel", "residual_bwd_kernel", "probe_bwd_kernel", "fold_kernel"} <= set(kernels)
+    assert {"gelu_fwd_kernel", "gelu_bwd_kernel", "residual_bwd_kernel", "probe_bwd_kernel", "take_rows_kernel"} <= set(kernels)
     assert {f"norm_{what}_kernel" for what in ("fwd", "bwd", "fwd_looped", "bwd_looped", "finalize")} <= set(kernels)
     assert {f"lstm_{way}_{what}_kernel" for way in ("fwd", "bwd") for what in ("step", "project")} <= set(kernels)
     for found, compiled in kernels.values():

@@ -244,13 +244,15 @@ def test_wrapper_prefixes_are_stripped():
 
 
 def test_step_is_cheap():
-    """No device, no rows to host beyond one copy: far below the time of any training step, for 200 sites."""
+    """No op for each site, and no memory of its own for each step: far below the time of any training step."""
     net = nn.Sequential(*(nn.LayerNorm(4) for _ in range(200)))
     watch = gk.watch(net)
-    net(torch.randn(2, 4)).backward(torch.randn(2, 4))
+    for _ in range(2):
+        watch.step()
+        net(torch.randn(2, 4)).backward(torch.randn(2, 4))
     with torch.profiler.profile() as profile:
         watch.step()
-    assert sum(event.count for event in profile.key_averages() if event.key.startswith("aten::")) < 30
+    assert sum(event.count for event in profile.key_averages() if event.key.startswith("aten::")) < 3
 
 
 class Prompt(nn.Module):

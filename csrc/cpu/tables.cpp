@@ -11,14 +11,6 @@ namespace gk {
 // The columns of gradkernels/telemetry/fields.py, TIME_FIELDS: norms, then what is added up.
 constexpr int64_t NORMS = 3;
 
-// A table of rows of cells.
-static void check_cells(const char* op, const Tensor& stats) {
-  TORCH_CHECK_VALUE(stats.dim() >= 2 && stats.size(-1) == sizeof(Cell) / sizeof(double) && stats.is_contiguous() &&
-                        stats.scalar_type() == at::kDouble,
-                    op, ": stats must be contiguous float64 of shape (..., cells, 8), got ", stats.scalar_type(), " of shape ",
-                    stats.sizes());
-}
-
 void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
   check_row("add_row", stats, port);
   TORCH_CHECK_VALUE(row_any.dim() == 1 && row_any.size(0) == stats.size(2), "add_row: row must have shape (8,), got ",
@@ -27,21 +19,19 @@ void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
   record(stats, port, *reinterpret_cast<const Cell*>(row.const_data_ptr<double>()));
 }
 
-Tensor fold(Tensor& stats) {
-  check_cells("fold", stats);
-  std::vector<int64_t> shape(stats.sizes().begin(), stats.sizes().end());
-  shape.erase(shape.end() - 2);
-  const Tensor result = at::empty(shape, stats.options());
-  auto* rows = reinterpret_cast<Cell*>(result.mutable_data_ptr<double>());
-  const int64_t num_rows = c10::multiply_integers(shape) / stats.size(-1), num_cells = stats.size(-2);
+void take_rows(Tensor& stats, Tensor& result) {
+  check_stats("take_rows", stats, stats.dim() ? stats.size(0) : 0);
+  const int64_t num_rows = stats.size(0), num_cells = stats.size(1);
+  check("take_rows", "rows", result, {num_rows, stats.size(2)}, at::kDouble);
+  check_contiguous("take_rows", "rows", result);
   const std::lock_guard<std::mutex> lock(tables_mutex);
+  auto* rows = reinterpret_cast<Cell*>(result.mutable_data_ptr<double>());
   auto* cells = reinterpret_cast<Cell*>(stats.mutable_data_ptr<double>());
   for (int64_t r = 0; r < num_rows; ++r) {
     rows[r] = Cell();
     for (int64_t c = 0; c < num_cells; ++c) rows[r].merge(cells[r * num_cells + c]);
   }
   std::fill(cells, cells + num_rows * num_cells, Cell());
-  return result;
 }
 
 void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) {
@@ -103,7 +93,7 @@ Tensor take_steps(Tensor& time_stats) {
 
 TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
   m.impl("add_row", gk::add_row);
-  m.impl("fold", gk::fold);
+  m.impl("take_rows", gk::take_rows);
   m.impl("add_steps", gk::add_steps_op);
   m.impl("make_room", gk::make_room);
   m.impl("take_steps", gk::take_steps);

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gradkernels.library import FLOATS, define_composite, define_kernel
+from gradkernels.library import _C, FLOATS, define_composite, define_kernel
 from gradkernels.nested import numbers_of
 from gradkernels.telemetry import LOCK, check_stats, measure_reference, without_graph
 
@@ -31,36 +31,51 @@ def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None
         measure_reference(dy, stats, port)
 
 
-probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake)
+probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake, differentiable=False)
 
 
 class GradientHook:
     """A hook that measures the gradient of a tensor in row 0 of `stats`, as that is by then; None measures nothing.
 
-    Hooks are equal where they write to the same table.
+    Hooks are equal where they write to the same table. Where the extension is built, its own hook (csrc/probe_hook.cpp) serves
+    the tensors that it can.
     """
 
     def __init__(self, stats: torch.Tensor | None = None) -> None:
+        self._native = _C.ProbeHook() if _C is not None else None
         self.stats = stats
+
+    @property
+    def stats(self) -> torch.Tensor | None:
+        """Where it measures."""
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: torch.Tensor | None) -> None:
+        self._stats = stats
+        if self._native is not None:
+            self._native.stats = stats
 
     def __call__(self, dy: torch.Tensor | None) -> None:
         if dy is None or self.stats is None:
             return
         dy = without_graph(numbers_of(dy))
-        with torch._C._AutoDispatchBelowAutograd():  # a number: the op's own way there looks for a graph, which costs 4 us
-            probe_bwd(torch.view_as_real(dy) if dy.is_complex() else dy, self.stats, 0)
+        probe_bwd(torch.view_as_real(dy) if dy.is_complex() else dy, self.stats, 0)
 
     def attach(self, x: torch.Tensor) -> Any:
-        """Has the gradient of `x` measured, summed over all its uses: the hook's handle, or None where x has the hook.
+        """Has the gradient of `x` measured, summed over all its uses: a leaf's hook's handle, else None.
 
         No node and no view, so writing into x in place stays what it was. A tensor that meets the same hook again (a leaf
         every step, a block's input when checkpointing runs the block again) keeps its one hook, whichever thread is first.
         """
+        if self._native is not None and self._native.attach(x):
+            return None
         with LOCK:
             for hook in (x._backward_hooks or {}).values():
                 if hook is self or (isinstance(hook, GradientHook) and hook.stats is self.stats is not None):
                     return None
-            return x.register_hook(self)
+            handle = x.register_hook(self)
+        return handle if x.is_leaf else None
 
 
 def _probe(x: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:

@@ -9,11 +9,11 @@ from gradkernels.telemetry.tables import (
     LOCK,
     check_stats,
     check_time_stats,
-    fold,
     make_room,
     merge_cells,
     new_stats,
     new_time_stats,
+    take_rows,
     take_steps,
 )
 from gradkernels.telemetry.time_profile import TimeProfile, profile_of
@@ -34,7 +34,6 @@ __all__ = [
     "TimeProfile",
     "check_stats",
     "check_time_stats",
-    "fold",
     "make_room",
     "measure_reference",
     "measure_steps_reference",
@@ -44,6 +43,7 @@ __all__ = [
     "new_time_stats",
     "profile_of",
     "record_of",
+    "take_rows",
     "take_steps",
     "without_graph",
 ]

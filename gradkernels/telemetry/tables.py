@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -87,17 +88,15 @@ def add_row_fake(row: torch.Tensor, stats: torch.Tensor, port: int) -> None:
     """Nothing comes out."""
 
 
-def fold_reference(stats: torch.Tensor) -> torch.Tensor:
-    """The rows of a table, (..., cells, fields) -> (..., fields); its cells are zero afterwards."""
+def take_rows_reference(stats: torch.Tensor, rows: torch.Tensor) -> None:
+    """Writes the rows of a table, (ports, cells, fields), into `rows`, (ports, fields); the cells are zero afterwards."""
     with LOCK:
-        rows = merge_cells(stats)
+        rows.copy_(merge_cells(stats))
         stats.zero_()
-    return rows
 
 
-def fold_fake(stats: torch.Tensor) -> torch.Tensor:
-    """Contiguous rows."""
-    return stats.new_empty(*stats.shape[:-2], stats.shape[-1])
+def take_rows_fake(stats: torch.Tensor, rows: torch.Tensor) -> None:
+    """Nothing comes out."""
 
 
 def add_steps_reference(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
@@ -148,8 +147,12 @@ def take_steps_fake(time_stats: torch.Tensor) -> torch.Tensor:
     return time_stats.new_empty(time_stats.shape)
 
 
-add_row = define_kernel("add_row(Tensor row, Tensor(a!) stats, int port) -> ()", add_row_reference, add_row_fake)
-fold = define_kernel("fold(Tensor(a!) stats) -> Tensor", fold_reference, fold_fake)
-add_steps = define_kernel("add_steps(Tensor rows, Tensor(a!) time_stats) -> ()", add_steps_reference, add_steps_fake)
-make_room = define_kernel("make_room(Tensor(a!) time_stats, int num_steps) -> ()", make_room_reference, make_room_fake)
-take_steps = define_kernel("take_steps(Tensor(a!) time_stats) -> Tensor", take_steps_reference, take_steps_fake)
+def _define(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+    return define_kernel(schema, reference, fake, differentiable=False)
+
+
+add_row = _define("add_row(Tensor row, Tensor(a!) stats, int port) -> ()", add_row_reference, add_row_fake)
+take_rows = _define("take_rows(Tensor(a!) stats, Tensor(b!) rows) -> ()", take_rows_reference, take_rows_fake)
+add_steps = _define("add_steps(Tensor rows, Tensor(a!) time_stats) -> ()", add_steps_reference, add_steps_fake)
+make_room = _define("make_room(Tensor(a!) time_stats, int num_steps) -> ()", make_room_reference, make_room_fake)
+take_steps = _define("take_steps(Tensor(a!) time_stats) -> Tensor", take_steps_reference, take_steps_fake)

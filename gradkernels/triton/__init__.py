@@ -26,7 +26,7 @@ KERNELS = {
     "add_layer_norm_bwd": add_layer_norm.add_layer_norm_bwd,
     "residual_bwd": residual.residual_bwd,
     "probe_bwd": probe.probe_bwd,
-    "fold": probe.fold,
+    "take_rows": probe.take_rows,
     "lstm_cell_fwd": lstm_cell.lstm_cell_fwd,
     "lstm_cell_bwd": lstm_cell.lstm_cell_bwd,
     "lstm_layer_fwd": lstm_layer.lstm_layer_fwd,

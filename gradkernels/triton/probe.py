@@ -1,4 +1,4 @@
-"""A probe on a GPU: one read of the gradient, nothing written but its statistics. Also the fold of a table's cells."""
+"""A probe on a GPU: one read of the gradient, nothing written but its statistics. Also what takes the rows of a table."""
 
 import torch
 import triton
@@ -33,7 +33,7 @@ def probe_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["num_cells"])
-def fold_kernel(stats_ptr, rows_ptr, num_cells, ABS_MAX: tl.constexpr, BLOCK: tl.constexpr):
+def take_rows_kernel(stats_ptr, rows_ptr, num_cells, ABS_MAX: tl.constexpr, BLOCK: tl.constexpr):
     """rows[r] = the merge of row r's cells, which are then zero. Grid: one program a row."""
     row = tl.program_id(0).to(tl.int64)
     field = tl.arange(0, NUM_FIELDS)
@@ -61,10 +61,8 @@ def probe_each(stats: torch.Tensor | None, *gradients: torch.Tensor | None) -> N
             probe_bwd(gradient, stats, port)
 
 
-def fold(stats: torch.Tensor) -> torch.Tensor:
-    """The rows of a table, (ports, fields); its cells are zero afterwards. One launch."""
-    num_rows, num_cells, num_fields = stats.shape
-    rows = stats.new_empty(num_rows, num_fields)
+def take_rows(stats: torch.Tensor, rows: torch.Tensor) -> None:
+    """Writes the rows of a table into `rows`, (ports, fields); its cells are zero afterwards. One launch."""
+    num_rows, num_cells, _ = stats.shape
     if num_rows:
-        launch(fold_kernel, (num_rows,), stats, rows, num_cells, ABS_MAX=ABS_MAX, BLOCK=64, num_warps=4)
-    return rows
+        launch(take_rows_kernel, (num_rows,), stats, rows, num_cells, ABS_MAX=ABS_MAX, BLOCK=64, num_warps=4)

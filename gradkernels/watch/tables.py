@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from gradkernels.nn import LSTM
-from gradkernels.telemetry import ABS_MAX, FIELDS, fold, new_stats, new_time_stats, take_steps
+from gradkernels.telemetry import ABS_MAX, FIELDS, new_stats, new_time_stats, take_rows, take_steps
 from gradkernels.watch.sites import Site, device_of
 
 TIME_STEPS = 256  # for which an LSTM has room before its first call
+BLOCK_BYTES, BLOCK_STEPS = 4 * 2**20, 128  # of the memory that steps are cut from, which numpy asks for in huge pages
 Taken = list[tuple[list[int], torch.Tensor]]  # rows, and which of all rows they are
 
 
@@ -34,8 +35,9 @@ class Tables:
         self._allocate()
 
     def _allocate(self) -> None:
-        self._left += [(rows, fold(table).cpu()) for rows, table in self._tables if not table.is_meta]
+        self._left += self._take()
         self._tables = []
+        self._room: list[torch.Tensor] = []  # for the rows of coming steps, on a CPU
         for device in dict.fromkeys(site.device for site in self.sites):
             sites = [site for site in self.sites if site.device == device]
             rows = [self.first[site] + offset for site in sites for offset in range(len(site.ports))]
@@ -76,11 +78,28 @@ class Tables:
 
     def take(self) -> tuple[Taken, list[tuple[str, torch.Tensor]]]:
         """What was measured since the last call, and from zero again; nothing waits for a device."""
-        taken, self._left = self._left, []
-        for rows, table in self._tables:
-            if not table.is_meta:
-                taken.append((rows, fold(table).to("cpu", non_blocking=True)))
+        taken, self._left = self._left + self._take(), []
         return taken, [(site.name, take_steps(site.time_stats)) for site in self._timed if not site.time_stats.is_meta]
+
+    def _take(self) -> Taken:
+        taken = []
+        for rows, table in self._tables:
+            if table.is_cpu:
+                own = self._room.pop() if self._room else self._make_room(len(rows))
+                take_rows(table, own)
+                taken.append((rows, own))
+            elif not table.is_meta:
+                own = table.new_empty(len(rows), len(FIELDS))
+                take_rows(table, own)
+                taken.append((rows, own.to("cpu", non_blocking=True)))
+        return taken
+
+    def _make_room(self, num_rows: int) -> torch.Tensor:
+        """Memory for the rows of one step: the first of a block. Fresh pages for each step would cost more than the copy."""
+        steps = min(BLOCK_STEPS, 1 + BLOCK_BYTES // (8 * num_rows * len(FIELDS)))
+        with torch.inference_mode(False):
+            self._room = list(torch.from_numpy(np.empty((steps, num_rows, len(FIELDS)))).unbind())
+        return self._room.pop()
 
     def synchronize(self) -> None:
         """Waits until the copies that `take` has begun are there."""
@@ -91,6 +110,8 @@ class Tables:
 
 def values_of(taken: Taken, num_rows: int) -> np.ndarray:
     """What `Tables.take` took as one array (num_rows, len(FIELDS)): rows merge by + and max."""
+    if len(taken) == 1 and len(taken[0][0]) == num_rows:  # one table holds them all, in their order
+        return taken[0][1].numpy()
     values = np.zeros((num_rows, len(FIELDS)))
     for rows, table in taken:
         array: Any = table.numpy()

@@ -224,7 +224,7 @@ class _Run:
     def end_pass(self) -> bool:
         """Learns from the step that ended; whether the order or the stacks may have changed."""
         if not self.learning:
-            if not any(self.of_module[index][0].last_run for index in self.unseen):
+            if not self.unseen or not any(self.of_module[index][0].last_run for index in self.unseen):
                 return False
             self.flow.passes_left = 1
             self._learn()
@@ -259,7 +259,7 @@ class _Run:
             if site.device != h.device:
                 self.tables.follow(module, h.device)
             handle = site.hook.attach(h)
-            if handle is not None and h.is_leaf:
+            if handle is not None:
                 site.kept.append(handle)
 
         def trace(module: nn.Module, args: Any, output: Any) -> None:
