@@ -17,7 +17,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = [str(path) for folder in ("csrc", "csrc/cpu") for path in sorted(Path(folder).glob("*.cpp"))]
+SOURCES = [
+    str(path)
+    for folder in ("csrc", "csrc/autograd", "csrc/cpu", "csrc/cpu/lstm")
+    for path in sorted(Path(folder).glob("*.cpp"))
+]
 CUDA_SOURCES = [str(path) for suffix in ("cpp", "cu") for path in sorted(Path("csrc/cuda").glob(f"*.{suffix}"))]
 CFLAGS = shlex.split(os.environ.get("CFLAGS", ""))
 HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]

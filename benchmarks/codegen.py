@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton import KERNELS, add_layer_norm, gelu, launch, layer_norm, lstm_cell, lstm_layer, probe, residual
+from gradkernels.triton import KERNELS, add_layer_norm, gelu, launch, layer_norm, probe, residual
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -221,13 +221,13 @@ def lstm_cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
                 what = {"dtype": str(dtype).removeprefix("torch."), "columns": H, "telemetry": on}
                 time_stats = make(1 + T, 12, dtype=torch.float64) if on else None
                 arguments = (make(T, B, N), None, None, *layer, *saved, None, time_stats)
-                yield {"op": "lstm_layer", **what}, lstm_layer.lstm_layer_bwd, arguments
-            yield {"op": "lstm_layer", **what, "telemetry": False}, lstm_layer.lstm_layer_fwd, (*layer, False)
+                yield {"op": "lstm_layer", **what}, KERNELS["lstm_layer_bwd"], arguments
+            yield {"op": "lstm_layer", **what, "telemetry": False}, KERNELS["lstm_layer_fwd"], (*layer, False)
             if not P:
                 what = {"op": "lstm_cell", **what, "telemetry": False}
-                yield what, lstm_cell.lstm_cell_fwd, cell
+                yield what, KERNELS["lstm_cell_fwd"], cell
                 gates = make(B, 4 * H, dtype=wide)
-                yield what, lstm_cell.lstm_cell_bwd, (c0, c0, *cell, gates, True, True, None)
+                yield what, KERNELS["lstm_cell_bwd"], (c0, c0, *cell, gates, True, True, None)
 
 
 def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dict[str, Any]]:

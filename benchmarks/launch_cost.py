@@ -4,7 +4,7 @@ On CPU tensors, the device's part replaced by nothing: Triton's driver by one th
 driver's launch function by one that returns. So what is timed is everything before that, for
   python   the op's Python function and Triton's `kernel[grid](...)`, up to its launcher, which is not in the figure: it
            reads the arguments again and calls the driver
-  plan     the same call repeated by csrc/plans.cpp, up to the driver's function
+  plan     the same call repeated by csrc/launch_cache.cpp, up to the driver's function
   PyTorch  the same op of PyTorch's on the CPU, which computes; and, at no rows, which only dispatches and allocates
 All three are called through torch.ops. What is missing everywhere: the driver's own time, and what allocation costs on a GPU.
 """
@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import harness
 from gradkernels.library import _C
 from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton import KERNELS, plans
+from gradkernels.triton import KERNELS
+from gradkernels.triton import launch_cache as plans
 
 SHAPE = (8, 64)
 DTYPE = torch.bfloat16

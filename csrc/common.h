@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "fields.h"
 #include "threads.h"
 
 namespace gk {
@@ -50,9 +51,9 @@ struct Cell {
     zero_count += other.zero_count;
   }
 };
-static_assert(sizeof(Cell) == 8 * sizeof(double), "a cell is one row of a float64 table");
+static_assert(sizeof(Cell) == NUM_FIELDS * sizeof(double), "a cell is one row of a float64 table");
 
-// Adds `cell` to cell 0 of row `port` of `stats` (ports, cells, 8). Threads that share a table add to it in turn.
+// Adds `cell` to cell 0 of row `port` of `stats` (ports, cells, NUM_FIELDS). Threads that share a table add to it in turn.
 inline void record(const Tensor& stats, int64_t port, const Cell& cell) {
   const std::lock_guard<std::mutex> lock(tables_mutex);
   reinterpret_cast<Cell*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(cell);

@@ -2,11 +2,13 @@
 // registers them with PyTorch's dispatcher.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include "autograd/probe.h"
 #include "common.h"
-#include "plans.h"
-#include "probe_hook.h"
+#include "fields.h"
+#include "launch_cache.h"
 
 namespace py = pybind11;
 
@@ -41,6 +43,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] {
     const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
     return names[static_cast<int>(gk::cpu_isa())];
+  });
+  m.def("fields", [] {
+    py::dict facts;
+    facts["FIELDS"] = py::tuple(py::cast(std::vector<std::string>(std::begin(gk::FIELDS), std::end(gk::FIELDS))));
+    facts["TIME_FIELDS"] =
+        py::tuple(py::cast(std::vector<std::string>(std::begin(gk::TIME_FIELDS), std::end(gk::TIME_FIELDS))));
+    facts["NUM_NORMS"] = gk::NUM_NORMS;
+    facts["LOW_GATE"] = gk::LOW_GATE;
+    facts["HIGH_GATE"] = gk::HIGH_GATE;
+    facts["SMALLEST_SQUARED"] = gk::SMALLEST_SQUARED;
+    facts["LARGEST_SQUARED"] = gk::LARGEST_SQUARED;
+    facts["SCALE"] = gk::SCALE;
+    facts["EXPONENT_RANGE"] = gk::EXPONENT_RANGE;
+    facts["MAX_EXPONENT_FLOAT"] = gk::MAX_EXPONENT_FLOAT;
+    facts["MAX_EXPONENT_DOUBLE"] = gk::MAX_EXPONENT_DOUBLE;
+    return facts;
   });
   gk::bind_plans(m);
   gk::bind_probe_hook(m);

@@ -7,16 +7,20 @@ import torch
 from gradkernels import init
 from gradkernels.convert import convert, revert, uncovered
 from gradkernels.diagnose import Finding, Severity, diagnose
-from gradkernels.functional import lstm
+from gradkernels.functional import (
+    add_layer_norm,
+    gelu,
+    layer_norm,
+    lstm,
+    lstm_cell,
+    lstm_layer,
+    probe,
+    residual,
+    residual_add,
+    residual_fork,
+)
 from gradkernels.library import ArgumentError, implementations, import_after
 from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
-from gradkernels.ops.add_layer_norm import add_layer_norm
-from gradkernels.ops.gelu import gelu
-from gradkernels.ops.layer_norm import layer_norm
-from gradkernels.ops.lstm_cell import lstm_cell
-from gradkernels.ops.lstm_layer import lstm_layer
-from gradkernels.ops.probe import probe
-from gradkernels.ops.residual import residual, residual_add, residual_fork
 from gradkernels.telemetry import FIELDS, TIME_FIELDS, History, Record, TimeProfile, new_stats, new_time_stats
 from gradkernels.watch import Coverage, Watch, watch
 

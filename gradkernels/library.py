@@ -125,7 +125,7 @@ def _has_tangent(value: Any) -> bool:
 def implement(name: str, kernel: Callable, watch: Callable, opaque: bool = False) -> None:
     """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
 
-    Where the extension is built, it repeats calls of a kind that it has seen before without calling `kernel`: csrc/plans.h.
+    Where the extension is built, it repeats calls that it has seen before without calling `kernel`: csrc/launch_cache.h.
     `watch(kernel, *args)` is called for the second call of a kind, and says what it did.
 
     torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
@@ -151,7 +151,7 @@ def define_composite(schema: str, python: Callable) -> torch._ops.OpOverload:
 
 
 def define_autograd(schema: str, python: Callable, differentiable: Callable) -> Callable:
-    """The op users call, with its autograd node: the extension's (csrc/autograd.cpp), or `python` without extension.
+    """The op users call, with its autograd node: the extension's (csrc/autograd/), or `python` without extension.
 
     `differentiable` computes the same in plain PyTorch, without statistics; torch.func.vmap and forward mode run it.
     """

@@ -9,11 +9,11 @@ import torch
 import walks_on_host as host
 
 import gradkernels as gk
-from gradkernels.functional import Stack, in_turn
+from gradkernels.ops.lstm import Stack, sequential
 from gradkernels.testing import randn
 
 if "on_triton" in sys.modules:
-    from gradkernels.triton.lstm_stack import side_by_side
+    from gradkernels.triton.lstm.stack import concurrent
 
 
 class Shuffled:
@@ -60,7 +60,7 @@ def stack_of(T, B, D, H, layers=2, directions=2, P=0, bias=True, sizes=None, dro
     batch_sizes = None if sizes is None else torch.tensor(sizes)
     stats = tuple(gk.new_stats(6) if measured else None for _ in range(parts))
     time_stats = tuple(gk.new_time_stats(T) if measured else None for _ in range(parts))
-    stack = Stack(layers, directions, bias, batch_sizes, dropout, stats, time_stats)
+    stack = Stack(layers, directions == 2, bias, batch_sizes, dropout, stats, time_stats)
     return stack, [tensor.detach().requires_grad_() for tensor in tensors]
 
 
@@ -79,27 +79,27 @@ def results(run, stack, tensors, grads=None, wanted=None):
 
 def both(stack, tensors, drop=None, **more):
     """`results` of walks at once and of one after the other."""
-    at_once = results(side_by_side, stack, tensors, **more)
+    at_once = results(concurrent, stack, tensors, **more)
     more["grads"] = at_once[3]
-    return at_once, results(lambda *args: in_turn(*args, drop), stack, tensors, **more)
+    return at_once, results(lambda *args: sequential(*args, drop), stack, tensors, **more)
 
 
-def check(at_once, in_turn):
+def check(at_once, sequential):
     """The same bits."""
-    for ours, theirs in zip(at_once[:3], in_turn[:3], strict=True):
+    for ours, theirs in zip(at_once[:3], sequential[:3], strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def dropping(masks, stack):
-    """in_turn's dropout of what `masks` do not hold."""
+    """sequential's dropout of what `masks` do not hold."""
     return lambda y, layer: (y * masks[layer].view(y.shape)) * stack.scale
 
 
 def keep(masks, stack, *args):
-    """side_by_side; what dropout keeps goes into `masks`."""
-    outputs = side_by_side(*args)
-    saved = outputs[0].grad_fn.saved_tensors[3 + len(args[-1]) + 3 * stack.parts :]
+    """concurrent; what dropout keeps goes into `masks`."""
+    outputs = concurrent(*args)
+    saved = outputs[0].grad_fn.saved_tensors[3 + len(args[-1]) + 3 * stack.layer_directions :]
     masks[:] = saved[: stack.num_layers - 1]
     return outputs
 

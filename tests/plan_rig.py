@@ -1,4 +1,4 @@
-"""Launch plans without a GPU: the ops' Python functions and csrc/plans.cpp on CPU tensors, with a launch function that notes.
+"""The launch cache without a GPU: the ops' Python functions and csrc/launch_cache.cpp on CPU tensors, with launches noted.
 
 Ops of a namespace of their own have the schemas and the kernels of gradkernels' at the CPU's key. Where Triton would launch,
 `Rig.run` notes what Triton's launcher passes to the driver; what C++ launches is noted by the function it calls. Both are
@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.codegen import Launch, compile_for, signature_of
 from gradkernels.library import _C
 from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton import KERNELS, launch, plans
+from gradkernels.triton import KERNELS, launch
+from gradkernels.triton import launch_cache as plans
 
 NAMESPACE = "plans_test"
 BYTES = {"i32": 4, "i64": 8, "fp32": 4}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gradkernels as gk
+from gradkernels.nn.zoneout import lstm_steps
 from gradkernels.ops import lstm_cell as cell_module
 from gradkernels.ops import lstm_layer as layer_module
 from gradkernels.testing import DTYPES, randn
@@ -155,7 +156,7 @@ def test_no_steps():
     for call in (
         lambda: gk.lstm_layer(inputs[0][:0], *inputs[1:]),
         lambda: gk.functional.lstm(inputs[0][:0], state, inputs[3:7]),
-        lambda: gk.functional.lstm_steps(inputs[0][:0], state, inputs[3:7]),
+        lambda: lstm_steps(inputs[0][:0], state, inputs[3:7]),
         lambda: gk.LSTM(5, 4, zoneout_h=0.5)(inputs[0][:0]),
     ):
         with pytest.raises(gk.ArgumentError, match="Expected sequence length to be larger than 0 in RNN"):

@@ -17,17 +17,17 @@ from lstm_stacks import OnHost, Shuffled, both, check, dropping, keep, results, 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkernels as gk
-from gradkernels.functional import in_turn
+from gradkernels.ops.lstm import sequential
 
 if "on_triton" in sys.modules:
-    from gradkernels.triton.lanes import Lanes
-    from gradkernels.triton.lstm_stack import saved_for, schedule_of, side_by_side
+    from gradkernels.triton.lstm.stack import concurrent, saved_for, schedule_of, schedules_of
+    from gradkernels.triton.lstm.streams import Lanes
 
 ON_HOST = "on_triton" in sys.modules and not sys.modules["on_triton"].ON_GPU
 pytestmark = pytest.mark.skipif(
     not ON_HOST, reason="run by test_triton.py in a process of its own; on a GPU test_gpu.py does it"
 )
-MODULE = "gradkernels.triton.lstm_stack"
+MODULE = "gradkernels.triton.lstm.stack"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def shuffled():
 
 @pytest.fixture
 def on_host(body):
-    walks, persistent = OnHost(body), "gradkernels.triton.lstm_persistent"
+    walks, persistent = OnHost(body), "gradkernels.triton.lstm.persistent"
     with (
         mock.patch(f"{persistent}.OPS", walks),
         mock.patch(f"{persistent}.planned", walks.planned),
@@ -68,7 +68,7 @@ def test_directions(shuffled, on_host, layout):
     at_once, in_order = both(stack, tensors)
     check(at_once, in_order)
     shuffled.seed = 1
-    check(results(side_by_side, stack, tensors, grads=at_once[3]), in_order)
+    check(results(concurrent, stack, tensors, grads=at_once[3]), in_order)
     assert shuffled.depth[0] == 2 * stack.num_layers - 1  # a layer's directions, and what joins them
     assert (on_host.walks == 0) == ("in steps" in layout)
 
@@ -76,7 +76,7 @@ def test_directions(shuffled, on_host, layout):
 @pytest.mark.parametrize("directions", [1, 2])
 def test_gradients_have_memory_of_their_own(shuffled, on_host, directions):
     """No two gradients are one tensor: not even those of a layer's two biases."""
-    _, gradients, _, grads = results(side_by_side, *stack_of(9, 3, 6, 7, directions=directions))
+    _, gradients, _, grads = results(concurrent, *stack_of(9, 3, 6, 7, directions=directions))
     storages = [t.untyped_storage().data_ptr() for t in (*gradients, *grads)]
     assert len(storages) == len(set(storages))
 
@@ -95,7 +95,7 @@ def test_dropout(shuffled, on_host):
     stack, tensors = stack_of(3, 3, 6, 7, layers=3, dropout=0.25)
     masks = []
     at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
-    check(at_once, results(lambda *args: in_turn(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3]))
+    check(at_once, results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3]))
     kept = torch.cat([mask.flatten() for mask in masks]).float().mean()
     assert 0.6 < kept < 0.9
 
@@ -103,7 +103,7 @@ def test_dropout(shuffled, on_host):
 @pytest.mark.parametrize("used", [(0,), (1,), (2,)], ids=str)
 def test_one_output_used(shuffled, on_host, used):
     stack, tensors = stack_of(3, 3, 6, 7)
-    outputs = in_turn(stack, *tensors[:3], tensors[3:])
+    outputs = sequential(stack, *tensors[:3], tensors[3:])
     grads = [torch.randn_like(y) if k in used else None for k, y in enumerate(outputs)]
     check(*both(stack, tensors, grads=grads, wanted=tensors[:3]))
 
@@ -128,7 +128,7 @@ def test_differentiated_twice(shuffled):
     stack, tensors = stack_of(3, 2, 3, 3, dtype=torch.float64, dropout=0.25)
     masks, found = [], []
     torch.manual_seed(1)
-    for run in (partial(keep, masks, stack), lambda *args: in_turn(*args, dropping(masks, stack))):
+    for run in (partial(keep, masks, stack), lambda *args: sequential(*args, dropping(masks, stack))):
         y, h_n, _ = run(stack, *tensors[:3], tensors[3:])
         first = torch.autograd.grad((y.square().sum(), h_n.sum()), tensors, create_graph=True)
         found.append(torch.autograd.grad(sum(d.square().sum() for d in first), tensors))
@@ -142,7 +142,7 @@ def test_what_is_used_twice(shuffled, shared):
     stack, tensors = stack_of(2, 2, 6, 3, dtype=torch.float64)
     x, state, weights = tensors[0], tensors[1], tensors[3:]
     found = []
-    for run in (side_by_side, in_turn):
+    for run in (concurrent, sequential):
         if shared == "weights":
             y = run(stack, *tensors[:3], weights[:8] + weights[:8])[0]
         elif shared == "states":
@@ -158,7 +158,7 @@ def test_batched_gradients(shuffled):
     """torch.autograd.grad(is_grads_batched=True)."""
     stack, tensors = stack_of(2, 2, 3, 3, dtype=torch.float64)
     found = []
-    for run in (side_by_side, in_turn):
+    for run in (concurrent, sequential):
         y = run(stack, *tensors[:3], tensors[3:])[0]
         torch.manual_seed(1)
         found.append(torch.autograd.grad(y, tensors[:4], torch.randn(3, *y.shape, dtype=y.dtype), is_grads_batched=True))
@@ -170,7 +170,7 @@ def test_batched_gradients(shuffled):
 def test_weights_of_any_layout(shuffled, on_host, directions):
     stack, tensors = stack_of(8, 3, 6, 7, directions=directions)
     tensors = [t.detach().T.contiguous().T.requires_grad_() if t.dim() == 2 else t for t in tensors]
-    outputs, gradients, *_ = results(side_by_side, stack, tensors)
+    outputs, gradients, *_ = results(concurrent, stack, tensors)
     assert on_host.walks == 8  # two parts in two spans, or four parts, both ways
     assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
@@ -188,12 +188,12 @@ def test_only_what_a_pass_is_asked_for(shuffled, on_host):
 def test_without_gradients(shuffled, on_host, directions):
     """The same outputs from the gates of two layers where each is done before the next."""
     stack, tensors = stack_of(13, 3, 6, 7, layers=4, directions=directions)
-    expected = side_by_side(stack, *tensors[:3], tensors[3:])
+    expected = concurrent(stack, *tensors[:3], tensors[3:])
     with torch.no_grad(), mock.patch(f"{MODULE}.saved_for", wraps=saved_for) as rooms:
-        found = side_by_side(stack, *tensors[:3], tensors[3:])
+        found = concurrent(stack, *tensors[:3], tensors[3:])
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     saved = saved_for(*rooms.call_args.args, **rooms.call_args.kwargs)
-    assert len({t.data_ptr() for t in saved[1 : 3 * stack.parts : 3]}) == 4
+    assert len({t.data_ptr() for t in saved[1 : 3 * stack.layer_directions : 3]}) == 4
     assert rooms.call_args.kwargs["reuse"] == (directions == 2)
 
 
@@ -209,14 +209,14 @@ def test_batch_sizes_of_any_layout(shuffled, on_host, dtype):
     """The persistent walks read them by pointer."""
     stack, tensors = stack_of(3, 3, 5, 16, sizes=[3, 2, 1], dtype=dtype)
     strided = replace(stack, batch_sizes=torch.tensor([[3, 9], [2, 9], [1, 9]])[:, 0])
-    contiguous = results(side_by_side, stack, tensors)
-    check(results(side_by_side, strided, tensors, contiguous[3]), contiguous)
+    contiguous = results(concurrent, stack, tensors)
+    check(results(concurrent, strided, tensors, contiguous[3]), contiguous)
 
 
 def test_batch_sizes_changed_before_the_backward(shuffled, on_host):
     """As any tensor that a backward reads."""
     stack, tensors = stack_of(3, 3, 5, 16, sizes=[3, 2, 1])
-    y, _, _ = side_by_side(stack, *tensors[:3], tensors[3:])
+    y, _, _ = concurrent(stack, *tensors[:3], tensors[3:])
     stack.batch_sizes.copy_(torch.tensor([3, 3, 0]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -224,13 +224,13 @@ def test_batch_sizes_changed_before_the_backward(shuffled, on_host):
 
 def test_mistakes(shuffled):
     stack, tensors = stack_of(3, 2, 3, 3)
-    assert side_by_side(stack, tensors[0], torch.cat([tensors[1]] * 2), tensors[2], tensors[3:]) is None
+    assert schedules_of(stack, tensors[0], torch.cat([tensors[1]] * 2), tensors[2], tensors[3:]) == []
     for index, wrong in ((0, (3, 2, 4)), (2, (4, 3, 3)), (3 + 8, (12, 3))):
         given = [*tensors[:index], torch.randn(wrong, dtype=torch.bfloat16), *tensors[index + 1 :]]
         with pytest.raises(gk.ArgumentError) as ours:
-            side_by_side(stack, *given[:3], given[3:])
+            concurrent(stack, *given[:3], given[3:])
         with pytest.raises(gk.ArgumentError) as theirs:
-            in_turn(stack, *given[:3], given[3:])
+            sequential(stack, *given[:3], given[3:])
         assert str(ours.value) == str(theirs.value)
 
 
@@ -247,9 +247,9 @@ def test_layers_in_spans(shuffled, on_host, dtype, dropout, H):
     masks = []
     at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
     assert on_host.walks == 2 * 3 * layers  # both ways, three spans
-    again = results(side_by_side, stack, tensors, grads=at_once[3]) if not dropout else at_once
+    again = results(concurrent, stack, tensors, grads=at_once[3]) if not dropout else at_once
     check(at_once, again)
-    in_order = results(lambda *args: in_turn(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3])
+    in_order = results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3])
     for ours, theirs in zip(at_once[:3], in_order[:3], strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
@@ -283,11 +283,12 @@ def test_traced_and_transformed(shuffled, on_host):
     arguments = (tensors[0], tensors[1], tensors[2], tensors[3:])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(tensor) for tensor in tensors]
-        assert side_by_side(stack, *fake[:3], fake[3:]) is None
+        assert schedules_of(stack, *fake[:3], fake[3:]) == []
+        assert concurrent(stack, *fake[:3], fake[3:])[0].shape == (3, 2, 6)
     seen = []
-    torch.func.vmap(lambda x: seen.append(side_by_side(stack, x, *arguments[1:])) or x.sum())(tensors[0].expand(2, -1, -1, -1))
-    assert seen == [None]
-    assert side_by_side(stack, *arguments) is not None
+    torch.func.vmap(lambda x: seen.append(schedules_of(stack, x, *arguments[1:])) or x.sum())(tensors[0].expand(2, -1, -1, -1))
+    assert seen == [[]]
+    assert len(schedules_of(stack, *arguments)) == 2
 
 
 class FakeStream:
@@ -325,7 +326,7 @@ def test_lanes(fails):
             raise RuntimeError("no memory")
 
     with (
-        mock.patch("gradkernels.triton.lanes.LOCAL", SimpleNamespace()),
+        mock.patch("gradkernels.triton.lstm.streams.LOCAL", SimpleNamespace()),
         mock.patch("torch.cuda.Stream", side_effect=[FakeStream(name, log) for name in "ab"]),
         mock.patch("torch.cuda.current_stream", return_value=current),
         mock.patch("torch.cuda.stream", entered),

@@ -1,4 +1,4 @@
-"""Launch plans (csrc/plans.h): which calls have them, what tells kinds of calls apart, errors, threads and bounds."""
+"""Launch plans (csrc/launch_cache.h): which calls have them, what tells kinds of calls apart, errors, threads and bounds."""
 
 import threading
 from unittest import mock
@@ -13,7 +13,8 @@ from plan_rig import check_replay, counts, on_device_without_code, rigged, stand
 
 from gradkernels.library import _C
 from gradkernels.testing import randn
-from gradkernels.triton import KERNELS, launch, plans
+from gradkernels.triton import KERNELS, launch
+from gradkernels.triton import launch_cache as plans
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 

@@ -1,4 +1,4 @@
-"""What a launch plan is made of (gradkernels/triton/plans.py): one call at a time, with launches that are only told of."""
+"""What a launch plan is made of (triton/launch_cache.py): one call at a time, with launches that are only told of."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton.backends.compiler import GPUTarget
 
-from gradkernels.triton import plans
-from gradkernels.triton.plans import LITERAL, watch
+from gradkernels.triton import launch_cache as plans
+from gradkernels.triton.launch_cache import LITERAL, watch
 
 X = torch.arange(12.0).view(3, 4)
 CONSTANT = torch.ones(3)

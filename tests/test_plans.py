@@ -1,4 +1,4 @@
-"""Launch plans (csrc/plans.h): what C++ launches is what the Python functions launch, and for the same kind of call only."""
+"""The launch cache: what C++ launches is what the Python functions launch, and for calls of the same signature only."""
 
 import re
 import tempfile
@@ -14,7 +14,8 @@ from plan_rig import check_replay, for_hopper, rigged, rows, stand_in, table
 from benchmarks.codegen import TARGETS, compile_for, tool
 from gradkernels.library import _C
 from gradkernels.testing import DTYPES, randn
-from gradkernels.triton import KERNELS, plans
+from gradkernels.triton import KERNELS
+from gradkernels.triton import launch_cache as plans
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 BF16, F32 = torch.bfloat16, torch.float32

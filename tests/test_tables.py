@@ -13,7 +13,7 @@ import gradkernels as gk
 from gradkernels.library import _C
 from gradkernels.ops import OPS
 from gradkernels.ops.lstm_layer import lstm_layer_bwd_reference, lstm_layer_fwd_reference
-from gradkernels.telemetry import FIELDS, NORMS, make_room, measure_reference, take_rows, take_steps
+from gradkernels.telemetry import FIELDS, NUM_NORMS, make_room, measure_reference, take_rows, take_steps
 
 OP = torch.ops.gradkernels
 THREADS = 4
@@ -155,7 +155,7 @@ def test_shared_time_stats():
     together(*[partial(go_back, shared)] * 3)
     repeat(partial(go_back, alone), 3)
     assert shared[0].tolist() == alone[0].tolist()
-    assert torch.equal(shared[1:, NORMS:-1], alone[1:, NORMS:-1])
+    assert torch.equal(shared[1:, NUM_NORMS:-1], alone[1:, NUM_NORMS:-1])
     torch.testing.assert_close(shared, alone, rtol=1e-6, atol=0)
 
 
@@ -173,7 +173,7 @@ def test_grown_while_written():
         together(partial(grow, time_stats, range(30, longest)), *works)
         assert time_stats.shape[0] == longest
         assert time_stats[0].tolist()[:2] == [30, (THREADS - 1) * calls]
-        assert (time_stats[1:31, NORMS] == 6 * (THREADS - 1) * calls).all()
+        assert (time_stats[1:31, NUM_NORMS] == 6 * (THREADS - 1) * calls).all()
         assert not time_stats[31:].any()
 
 
@@ -191,7 +191,7 @@ def test_module_of_several_threads():
     table = module.time_stats_l0
     assert table[0].tolist()[:2] == [max(lengths), len(lengths)]
     expected = [6.0 * sum(length > t for length in lengths) for t in range(max(lengths))]
-    assert table[1:, NORMS].tolist() == expected
+    assert table[1:, NUM_NORMS].tolist() == expected
 
 
 def test_probe_of_several_threads():

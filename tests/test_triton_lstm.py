@@ -223,7 +223,7 @@ def test_persistent_walk(layout, telemetry):
                 t.fill_(1)
 
     ops = SimpleNamespace(lstm_walk_fwd=forward, lstm_walk_bwd=backward)
-    module = "gradkernels.triton.lstm_persistent"
+    module = "gradkernels.triton.lstm.persistent"
     time_stats = gk.new_time_stats(5) if telemetry else None
     case = layer_case(inputs, batch_sizes, reverse, time_stats=time_stats)
     with mock.patch(f"{module}.planned", planned), mock.patch(f"{module}.OPS", ops):
@@ -239,7 +239,7 @@ def test_persistent_walk(layout, telemetry):
     assert [tuple(t.shape) for t in (dy, dh, dc, dgates)] == [(rows, 19), (4, 19), (4, 19), (rows, 76)]
     assert [t.dtype for t in (dy, dh, dc, dgates)] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     assert all(t.is_contiguous() for t in (*seen["forward"][:6], dy, dh, dc, dgates))
-    assert asked == [(19, False, 4, 1), (19, True, 4, 1)]
+    assert set(asked) == {(19, False, 4, 1), (19, True, 4, 1)}
     if telemetry:
         assert (partials.shape, exponents.shape) == ((5, 3, 11), (5,))
         assert time_stats[1, 0].item() == (3**0.5) / 2  # three programs with a sum of 1 each, in a scale of 2

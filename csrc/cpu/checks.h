@@ -71,10 +71,9 @@ inline void check(const char* op, const char* name, const OptionalTensor& t, at:
 
 // A table of statistics with a row for each of `ports` gradients, and a cell of each to add to.
 inline void check_stats(const char* op, const Tensor& stats, int64_t ports) {
-  constexpr int64_t FIELDS = sizeof(Cell) / sizeof(double);
   check_dtype(op, "stats", stats, at::kDouble);
-  TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(0) == ports && stats.size(2) == FIELDS, op,
-                    ": stats must have shape (ports, cells, fields) = (", ports, ", cells, ", FIELDS, "), got ",
+  TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(0) == ports && stats.size(2) == NUM_FIELDS, op,
+                    ": stats must have shape (ports, cells, fields) = (", ports, ", cells, ", NUM_FIELDS, "), got ",
                     tuple_of(stats.sizes()));
   TORCH_CHECK_VALUE(stats.size(1) > 0, op, ": stats must have a cell or more, got shape ", tuple_of(stats.sizes()));
   check_contiguous(op, "stats", stats);
@@ -92,10 +91,9 @@ inline void check_row(const char* op, const Tensor& stats, int64_t port) {
 
 // A table of time steps: the first row is about all of them.
 inline void check_time_stats(const char* op, const Tensor& time_stats) {
-  constexpr int64_t FIELDS = 12;  // gradkernels/telemetry/fields.py, TIME_FIELDS
   check_dtype(op, "time_stats", time_stats, at::kDouble);
-  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) == FIELDS, op,
-                    ": time_stats must have shape (1 + steps, fields) = (1 + steps, ", FIELDS, "), got ",
+  TORCH_CHECK_VALUE(time_stats.dim() == 2 && time_stats.size(0) > 0 && time_stats.size(1) == NUM_TIME_FIELDS, op,
+                    ": time_stats must have shape (1 + steps, fields) = (1 + steps, ", NUM_TIME_FIELDS, "), got ",
                     tuple_of(time_stats.sizes()));
   check_contiguous(op, "time_stats", time_stats);
 }

@@ -205,25 +205,24 @@ class Measure {
 
   // Adds the sum of the squares of elements times 2^exponent_ to the part of the Cell that holds its size.
   void add_square_sum(double squares) {
-    constexpr int ORDINARY = 960, SCALE = 1074;
+    constexpr int ORDINARY = 960, SQUARED_SCALE = 1074;  // exponents: of what is squared as it is, and of SCALE^2
     const int power = squares == 0 ? 0 : std::ilogb(squares) - 2 * exponent_;
     if (power < -ORDINARY) {
-      cell_->square_sum_tiny += std::ldexp(squares, SCALE - 2 * exponent_);
+      cell_->square_sum_tiny += std::ldexp(squares, SQUARED_SCALE - 2 * exponent_);
     } else if (power > ORDINARY) {
-      cell_->square_sum_huge += std::ldexp(squares, -SCALE - 2 * exponent_);
+      cell_->square_sum_huge += std::ldexp(squares, -SQUARED_SCALE - 2 * exponent_);
     } else {
       cell_->square_sum += std::ldexp(squares, -2 * exponent_);
     }
   }
   // The squares of a block whose magnitudes no one scale suits.
   void add_each_square(const T* p, int64_t count) {
-    constexpr double TINY = 0x1p-480, HUGE_ONE = 0x1p480, SCALE = 0x1p537;
     for (int64_t k = 0; k < count; ++k) {
       const double v = std::fabs(static_cast<double>(p[k]));
       if (!(v <= std::numeric_limits<double>::max())) continue;
-      if (v > HUGE_ONE) {
+      if (v > LARGEST_SQUARED) {
         cell_->square_sum_huge += (v / SCALE) * (v / SCALE);
-      } else if (v < TINY) {
+      } else if (v < SMALLEST_SQUARED) {
         cell_->square_sum_tiny += (v * SCALE) * (v * SCALE);
       } else {
         cell_->square_sum += v * v;

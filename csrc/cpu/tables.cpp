@@ -8,9 +8,6 @@
 
 namespace gk {
 
-// The columns of gradkernels/telemetry/fields.py, TIME_FIELDS: norms, then what is added up.
-constexpr int64_t NORMS = 3;
-
 void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
   check_row("add_row", stats, port);
   TORCH_CHECK_VALUE(row_any.dim() == 1 && row_any.size(0) == stats.size(2), "add_row: row must have shape (8,), got ",
@@ -42,7 +39,7 @@ void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) 
   table[1] += 1;
   for (int64_t k = 0; k < recorded * columns; ++k) {
     double& sum = table[columns + k];
-    if (k % columns >= NORMS) {
+    if (k % columns >= NUM_NORMS) {
       sum += rows[k];
     } else {
       sum = sum == 0 ? rows[k] : std::hypot(sum, rows[k]);

@@ -8,12 +8,11 @@
 // Rows and units beyond the last one are zeros: no tail is left in the loops.
 #pragma once
 
+#include "../fields.h"
 #include "device.h"
 #include "lstm_plan.h"
 
 namespace gk {
-
-constexpr int NUM_SUMS = 11;  // of a step: dh, dc, recurrent dh, seven counts of gates, the sum of f
 
 struct Walk {
   Plan plan;

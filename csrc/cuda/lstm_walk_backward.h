@@ -31,7 +31,7 @@ struct Backward {
 // millionth of the largest keeps half of its digits.
 template <typename T>
 struct Range {
-  static constexpr int MIDDLE = 0, SPAN = 32;
+  static constexpr int MIDDLE = 0, SPAN = EXPONENT_RANGE;
 };
 template <>
 struct Range<Half> {
@@ -135,6 +135,7 @@ struct BackwardCells {
       const float factor = carried ? scale.carried : scale.incoming;
       recurrent[i] = carried ? before : 0.0f;
       const float dh_total = before * factor + dy[i] * scale.incoming;
+      constexpr float LOW = LOW_GATE, HIGH = HIGH_GATE;
       const float in = gates[i][0], f = gates[i][1], g = gates[i][2], o = gates[i][3];
       const float m = device::hyperbolic_tangent(c[i]);
       const float dc_total = dc[i] * factor + dh_total * o * (1.0f - m * m);
@@ -200,36 +201,37 @@ struct BackwardCells {
       squares[0] += static_cast<double>(total[i]) * total[i];
       squares[1] += static_cast<double>(total_dc[i]) * total_dc[i];
       squares[2] += static_cast<double>(recurrent[i]) * recurrent[i];
+      constexpr float LOW = LOW_GATE, HIGH = HIGH_GATE;
       const float in = gates[i][0], f = gates[i][1], g = gates[i][2], o = gates[i][3];
       forget += f;
-      counts[0] += (in < 0.1f) + (uint32_t{in > 0.9f} << 8) + (uint32_t{f < 0.1f} << 16) + (uint32_t{f > 0.9f} << 24);
-      counts[1] += (g > 0.9f || g < -0.9f) + (uint32_t{o < 0.1f} << 8) + (uint32_t{o > 0.9f} << 16);
+      counts[0] += (in < LOW) + (uint32_t{in > HIGH} << 8) + (uint32_t{f < LOW} << 16) + (uint32_t{f > HIGH} << 24);
+      counts[1] += (g > HIGH || g < -HIGH) + (uint32_t{o < LOW} << 8) + (uint32_t{o > HIGH} << 16);
     }
     GK_UNROLL
-    for (int k = 0; k < 3; ++k) squares[k] = device::warp_sum(squares[k]);
+    for (int k = 0; k < NUM_NORMS; ++k) squares[k] = device::warp_sum(squares[k]);
     forget = device::warp_sum(forget);
     GK_UNROLL
     for (int k = 0; k < 2; ++k) counts[k] = device::warp_add(counts[k]);
     if (place.lane != 0) return;
     squares[2] *= ldexp(1.0, 2 * jump);
     GK_UNROLL
-    for (int k = 0; k < 3; ++k) head->squares[k][place.warp] = squares[k];
+    for (int k = 0; k < NUM_NORMS; ++k) head->squares[k][place.warp] = squares[k];
     head->forget[place.warp] = forget;
     GK_UNROLL
     for (int k = 0; k < 2; ++k) head->counts[k][place.warp] = counts[k];
   }
 };
 
-// The block's sums of step t: one store by each of eleven threads, in the order of the warps.
+// The block's sums of step t: one store by each of NUM_SUMS threads, in the order of the warps.
 GK_DEVICE void store_sums(const Backward& p, int64_t t, const Head* head) {
   const int k = device::thread() - (THREADS - 32);
   if (k < 0 || k >= NUM_SUMS) return;
   double total = 0;
   for (int warp = 0; warp < WARPS; ++warp) {
-    if (k < 3) {
+    if (k < NUM_NORMS) {
       total += head->squares[k][warp];
-    } else if (k < 10) {
-      total += head->counts[(k - 3) / 4][warp] >> (k - 3) % 4 * 8 & 0xff;
+    } else if (k < NUM_NORMS + NUM_COUNTS) {
+      total += head->counts[(k - NUM_NORMS) / 4][warp] >> (k - NUM_NORMS) % 4 * 8 & 0xff;
     } else {
       total += head->forget[warp];
     }
@@ -329,7 +331,7 @@ GK_DEVICE void align_sums(const Backward& p, int64_t t, int program, int32_t* ex
   if (program == 0) exponents[t] = least == NOTHING ? 0 : least;
   if (own == NOTHING || own == least) return;
   const double factor = ldexp(1.0, 2 * (least - own));
-  for (int k = 0; k < 3; ++k) p.partials[(t * p.walk.plan.programs() + program) * NUM_SUMS + k] *= factor;
+  for (int k = 0; k < NUM_NORMS; ++k) p.partials[(t * p.walk.plan.programs() + program) * NUM_SUMS + k] *= factor;
 }
 
 }  // namespace gk

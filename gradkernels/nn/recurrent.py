@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from gradkernels.functional import lstm, lstm_steps
 from gradkernels.library import ArgumentError, in_autocast
 from gradkernels.nn.measuring import _Measuring
+from gradkernels.nn.zoneout import lstm_steps
 from gradkernels.ops import lstm_cell as lstm_cell_op
 from gradkernels.ops import lstm_layer as lstm_layer_op
+from gradkernels.ops.lstm import lstm
 from gradkernels.telemetry import make_room
 
 State = tuple[torch.Tensor, torch.Tensor]

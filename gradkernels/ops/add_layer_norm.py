@@ -160,7 +160,7 @@ add_layer_norm_bwd_differentiable = define_composite(
 
 
 class _AddLayerNorm(Function):
-    """Saves new_residual, weight, and mean and rstd in float32. Its C++ twin is AddLayerNormBackward in csrc/autograd.cpp."""
+    """Saves new_residual, weight, and mean and rstd in float32. Its C++ twin is in csrc/autograd/add_layer_norm.cpp."""
 
     generate_vmap_rule = True
 

@@ -62,7 +62,7 @@ gelu_bwd_differentiable = define_composite(
 
 
 class _Gelu(Function):
-    """Saves x. The C++ twin that runs where the extension is built is GeluBackward in csrc/autograd.cpp."""
+    """Saves x. The C++ twin that runs where the extension is built is GeluBackward in csrc/autograd/gelu.cpp."""
 
     generate_vmap_rule = True
 

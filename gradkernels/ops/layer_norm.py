@@ -150,7 +150,7 @@ layer_norm_bwd_differentiable = define_composite(
 
 
 class _LayerNorm(Function):
-    """Saves x, weight, and mean and rstd in float32. Its C++ twin is LayerNormBackward in csrc/autograd.cpp."""
+    """Saves x, weight, and mean and rstd in float32. Its C++ twin is LayerNormBackward in csrc/autograd/layer_norm.cpp."""
 
     generate_vmap_rule = True
 

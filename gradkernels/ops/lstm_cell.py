@@ -148,7 +148,7 @@ lstm_cell_bwd_differentiable = define_composite(
 
 
 class _LSTMCell(Function):
-    """Saves every input, and gates in float32. Its C++ twin is LstmCellBackward in csrc/autograd_lstm.cpp."""
+    """Saves every input, and gates in float32. Its C++ twin is LstmCellBackward in csrc/autograd/lstm_cell.cpp."""
 
     generate_vmap_rule = True
 

@@ -267,7 +267,7 @@ lstm_layer_bwd_differentiable = define_composite(
 
 
 class _LSTMLayer(Function):
-    """Saves every input, y, and gates and cells in float32. Its C++ twin is LstmLayerBackward in csrc/autograd_lstm.cpp."""
+    """Saves every input, y, and gates and cells in float32. Its C++ twin is in csrc/autograd/lstm_layer.cpp."""
 
     generate_vmap_rule = True
 

@@ -37,8 +37,8 @@ probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake, differ
 class GradientHook:
     """A hook that measures the gradient of a tensor in row 0 of `stats`, as that is by then; None measures nothing.
 
-    Hooks are equal where they write to the same table. Where the extension is built, its own hook (csrc/probe_hook.cpp) serves
-    the tensors that it can.
+    Hooks are equal where they write to the same table. Where the extension is built, its own hook (csrc/autograd/probe.cpp)
+    serves the tensors that it can.
     """
 
     def __init__(self, stats: torch.Tensor | None = None) -> None:

@@ -36,7 +36,7 @@ residual_bwd_differentiable = define_composite(
 
 
 class _ResidualFork(Function):
-    """Saves nothing. Its C++ twin is ResidualBackward in csrc/autograd.cpp."""
+    """Saves nothing. Its C++ twin is ResidualBackward in csrc/autograd/residual.cpp."""
 
     generate_vmap_rule = True
 

@@ -1,6 +1,6 @@
 """Telemetry: what the kernels measure (fields, tables), and what it is on the host (records, snapshots, history)."""
 
-from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NORMS, NUM_CELLS, SCALE, TIME_FIELDS
+from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_CELLS, NUM_NORMS, SCALE, TIME_FIELDS
 from gradkernels.telemetry.history import History, SiteRows, Stack
 from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, measured, without_graph
 from gradkernels.telemetry.records import Record, record_of
@@ -22,8 +22,8 @@ __all__ = [
     "ABS_MAX",
     "FIELDS",
     "LOCK",
-    "NORMS",
     "NUM_CELLS",
+    "NUM_NORMS",
     "SCALE",
     "TIME_FIELDS",
     "History",

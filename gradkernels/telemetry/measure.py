@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gradkernels.telemetry.fields import SCALE
+from gradkernels.telemetry.fields import HIGH_GATE, LARGEST_SQUARED, LOW_GATE, SCALE, SMALLEST_SQUARED
 
 
 def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) -> None:
@@ -16,7 +16,7 @@ def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) ->
     finite = magnitude.isfinite()
     zeros = (magnitude == 0).sum()
     magnitude = torch.where(finite, magnitude, 0.0)
-    tiny, huge = magnitude < 2.0**-480, magnitude > 2.0**480
+    tiny, huge = magnitude < SMALLEST_SQUARED, magnitude > LARGEST_SQUARED
     if gradient.dtype is not torch.float64:
         tiny, huge = torch.zeros_like(tiny), torch.zeros_like(huge)
     sums = (
@@ -51,7 +51,8 @@ def measure_steps_reference(
     for t in range(len(dh)):
         norms = [_norm(v[t].detach().double()) for v in (dh, dc, dh_recurrent)]
         i, f, g, o = gates[t].detach().double().chunk(4, -1)
-        counts = (i < 0.1, i > 0.9, f < 0.1, f > 0.9, g.abs() > 0.9, o < 0.1, o > 0.9, f)
+        low, high = LOW_GATE, HIGH_GATE
+        counts = (i < low, i > high, f < low, f > high, g.abs() > high, o < low, o > high, f)
         count = torch.tensor(f.numel(), dtype=torch.float64, device=f.device)
         rows.append(torch.stack([*norms, count, *(v.double().sum() for v in counts)]))
     torch.ops.gradkernels.add_steps.default(torch.stack(rows), time_stats)

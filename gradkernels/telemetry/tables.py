@@ -12,8 +12,12 @@ from collections.abc import Callable
 
 import torch
 
-from gradkernels.library import ArgumentError, define_kernel
-from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NORMS, NUM_CELLS, TIME_FIELDS
+from gradkernels.library import _C, ArgumentError, define_kernel
+from gradkernels.telemetry import fields
+from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_CELLS, NUM_NORMS, TIME_FIELDS
+
+if _C is not None and any(getattr(fields, name) != value for name, value in _C.fields().items()):
+    raise ImportError("gradkernels' extension was built from other sources than its Python code: install the package again")
 
 # Guards the tables that the references write, and a tensor's list of probes.
 LOCK = threading.RLock()
@@ -111,8 +115,8 @@ def add_steps_reference(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
         time_stats[0, 0].clamp_(min=len(rows))
         time_stats[0, 1] += 1
         table, rows = time_stats[1 : 1 + recorded], rows[:recorded]
-        table[:, :NORMS] = torch.hypot(table[:, :NORMS], rows[:, :NORMS])
-        table[:, NORMS:] += rows[:, NORMS:]
+        table[:, :NUM_NORMS] = torch.hypot(table[:, :NUM_NORMS], rows[:, :NUM_NORMS])
+        table[:, NUM_NORMS:] += rows[:, NUM_NORMS:]
 
 
 def add_steps_fake(rows: torch.Tensor, time_stats: torch.Tensor) -> None:

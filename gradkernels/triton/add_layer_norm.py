@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gradkernels.triton.launch_cache import register
 from gradkernels.triton.norm_launch import norm_bwd, norm_fwd
 
 
@@ -36,3 +37,7 @@ def add_layer_norm_bwd(
     """Contiguous dresidual, dx, dweight, dbias; the statistics of dy, dnew_residual, dx, dweight, dbias."""
     last = (weight, bias, num_dims, x_dtype, separate_dx, columns, stats)
     return norm_bwd(dy, dnew_residual, new_residual, mean, rstd, *last, dx_port=2)
+
+
+register("add_layer_norm_fwd", add_layer_norm_fwd)
+register("add_layer_norm_bwd", add_layer_norm_bwd)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import laid_out_as, pointwise
+from gradkernels.triton.launch_cache import register
 from gradkernels.triton.reduce import accumulator, lanes_of, new_row, observe, record_flat
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -149,3 +150,7 @@ def gelu_bwd(dy: torch.Tensor, x: torch.Tensor, tanh: bool, stats: torch.Tensor 
     dx = torch.empty_like(x)
     pointwise(gelu_bwd_kernel, dx, stats, laid_out_as(dx, dy), laid_out_as(dx, x), dx, TANH=tanh)
     return dx
+
+
+register("gelu_fwd", gelu_fwd)
+register("gelu_bwd", gelu_bwd)

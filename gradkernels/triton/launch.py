@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton.plans import Recording
+from gradkernels.triton.launch_cache import Recording
 
 THREADS = 256  # a program of a pointwise kernel
 VECTOR_BYTES = 16  # one access

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gradkernels.triton.launch_cache import register
 from gradkernels.triton.norm_launch import norm_bwd, norm_fwd
 
 
@@ -30,3 +31,7 @@ def layer_norm_bwd(
     last = (weight, bias, num_dims, x.dtype, False, columns, stats)
     dx, _, dweight, dbias = norm_bwd(dy, None, x, mean, rstd, *last, dx_port=1)
     return dx, dweight, dbias
+
+
+register("layer_norm_fwd", layer_norm_fwd)
+register("layer_norm_bwd", layer_norm_bwd)

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gradkernels.telemetry import ABS_MAX
 from gradkernels.triton.launch import laid_out_as, launch, pointwise
-from gradkernels.triton.reduce import NUM_FIELDS, accumulator, lanes_of, new_row, observe, record_flat
+from gradkernels.triton.launch_cache import register
+from gradkernels.triton.reduce import ABS_MAX, NUM_FIELDS, ROW, accumulator, lanes_of, new_row, observe, record_flat
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_cells", "port"])
@@ -33,19 +33,20 @@ def probe_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["num_cells"])
-def take_rows_kernel(stats_ptr, rows_ptr, num_cells, ABS_MAX: tl.constexpr, BLOCK: tl.constexpr):
+def take_rows_kernel(stats_ptr, rows_ptr, num_cells, BLOCK: tl.constexpr):
     """rows[r] = the merge of row r's cells, which are then zero. Grid: one program a row."""
     row = tl.program_id(0).to(tl.int64)
-    field = tl.arange(0, NUM_FIELDS)
-    sums, peaks = tl.zeros([BLOCK, NUM_FIELDS], tl.float64), tl.zeros([BLOCK, NUM_FIELDS], tl.float64)
+    field = tl.arange(0, ROW)
+    sums, peaks = tl.zeros([BLOCK, ROW], tl.float64), tl.zeros([BLOCK, ROW], tl.float64)
     for first in range(0, num_cells, BLOCK):
         cells = first + tl.arange(0, BLOCK)
         pointers = stats_ptr + (row * num_cells + cells)[:, None] * NUM_FIELDS + field[None, :]
-        mask = (cells < num_cells)[:, None]
+        mask = (cells < num_cells)[:, None] & (field < NUM_FIELDS)[None, :]
         values = tl.load(pointers, mask, other=0.0)
         tl.store(pointers, tl.zeros_like(values), mask)
         sums, peaks = sums + values, tl.maximum(peaks, values)
-    tl.store(rows_ptr + row * NUM_FIELDS + field, tl.where(field == ABS_MAX, tl.max(peaks, 0), tl.sum(sums, 0)))
+    merged = tl.where(field == ABS_MAX, tl.max(peaks, 0), tl.sum(sums, 0))
+    tl.store(rows_ptr + row * NUM_FIELDS + field, merged, field < NUM_FIELDS)
 
 
 def probe_bwd(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
@@ -65,4 +66,8 @@ def take_rows(stats: torch.Tensor, rows: torch.Tensor) -> None:
     """Writes the rows of a table into `rows`, (ports, fields); its cells are zero afterwards. One launch."""
     num_rows, num_cells, _ = stats.shape
     if num_rows:
-        launch(take_rows_kernel, (num_rows,), stats, rows, num_cells, ABS_MAX=ABS_MAX, BLOCK=64, num_warps=4)
+        launch(take_rows_kernel, (num_rows,), stats, rows, num_cells, BLOCK=64, num_warps=4)
+
+
+register("probe_bwd", probe_bwd)
+register("take_rows", take_rows)

@@ -9,14 +9,28 @@ of ordinary size costs five instructions an element and no pass, and every other
 import triton
 import triton.language as tl
 
-from gradkernels.telemetry import FIELDS
+from gradkernels.telemetry import fields
 
-NUM_FIELDS = tl.constexpr(len(FIELDS))
+NUM_FIELDS = tl.constexpr(len(fields.FIELDS))
+ROW = tl.constexpr(triton.next_power_of_2(len(fields.FIELDS)))  # as a block of Triton's
+NUMEL, OBSERVATIONS, SQUARES, TINY, HUGE, ABS_MAX, NONFINITE, ZEROS = (
+    tl.constexpr(fields.FIELDS.index(name))
+    for name in (
+        "numel",
+        "observation_count",
+        "square_sum",
+        "square_sum_tiny",
+        "square_sum_huge",
+        "abs_max",
+        "nonfinite_count",
+        "zero_count",
+    )
+)
 PARTS = tl.constexpr(16)  # in which a block is counted exactly: the path seldom taken then needs few registers
 # Between these peaks no square over- or underflows enough to be seen in the sum of a program's elements.
 LOWEST_PEAK, HIGHEST_PEAK = tl.constexpr(2.0**-52), tl.constexpr(2.0**50)
-LOWEST_PEAK_DOUBLE, HIGHEST_PEAK_DOUBLE = tl.constexpr(2.0**-480), tl.constexpr(2.0**480)
-SCALE, INVERSE_SCALE = tl.constexpr(2.0**537), tl.constexpr(2.0**-537)  # telemetry.SCALE
+LOWEST_PEAK_DOUBLE, HIGHEST_PEAK_DOUBLE = tl.constexpr(fields.SMALLEST_SQUARED), tl.constexpr(fields.LARGEST_SQUARED)
+SCALE, INVERSE_SCALE = tl.constexpr(fields.SCALE), tl.constexpr(1 / fields.SCALE)
 
 
 @triton.constexpr_function
@@ -99,14 +113,13 @@ def count_exactly(fields, v, mask):
 def add_to_cell(stats_ptr, port, cell, num_cells, numel, fields):
     """Adds a program's fields to its cell of row `port`; the first program counts the call."""
     middle, tiny, huge, peak, nonfinite, zeros = fields
-    field = tl.arange(0, NUM_FIELDS)
+    field = tl.arange(0, ROW)
     pointers = stats_ptr + (port * num_cells + cell) * NUM_FIELDS + field
-    old = tl.load(pointers)
-    observations = (cell == 0).to(tl.float64)
-    value = tl.where(field == 0, numel.to(tl.float64), tl.where(field == 1, observations, middle))
-    value = tl.where(field == 3, tiny, tl.where(field == 4, huge, value))
-    value = tl.where(field == 6, nonfinite, tl.where(field == 7, zeros, value))
-    tl.store(pointers, tl.where(field == 5, tl.maximum(old, peak), old + value))
+    old = tl.load(pointers, field < NUM_FIELDS)
+    value = tl.where(field == NUMEL, numel.to(tl.float64), tl.where(field == OBSERVATIONS, (cell == 0).to(tl.float64), 0.0))
+    value = tl.where(field == SQUARES, middle, tl.where(field == TINY, tiny, tl.where(field == HUGE, huge, value)))
+    value = tl.where(field == NONFINITE, nonfinite, tl.where(field == ZEROS, zeros, value))
+    tl.store(pointers, tl.where(field == ABS_MAX, tl.maximum(old, peak), old + value), field < NUM_FIELDS)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import laid_out_as, pointwise
+from gradkernels.triton.launch_cache import register
 from gradkernels.triton.reduce import accumulator, lanes_of, new_row, observe, record_flat
 
 
@@ -60,3 +61,6 @@ def residual_bwd(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats
     inputs = [t if t is None else laid_out_as(dx, t) for t in (dskip, dbranch)]
     pointwise(residual_bwd_kernel, dx, stats, *inputs, dx)
     return dx
+
+
+register("residual_bwd", residual_bwd)

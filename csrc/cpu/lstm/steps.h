@@ -7,7 +7,7 @@
 
 #include <atomic>
 
-#include "../common.h"
+#include "../../common.h"
 
 namespace gk {
 
@@ -74,13 +74,13 @@ struct SquareSum {
     tiny += other.tiny;
     huge += other.huge;
   }
-  double norm() const { return std::hypot(std::sqrt(ordinary), std::sqrt(tiny) * 0x1p-537, std::sqrt(huge) * 0x1p537); }
+  double norm() const { return std::hypot(std::sqrt(ordinary), std::sqrt(tiny) / SCALE, std::sqrt(huge) * SCALE); }
 };
 
 // The sums of one time step of one thread, over its units.
 struct StepSums {
   SquareSum dh, dc, dh_recurrent;
-  double counts[7] = {}, forget = 0;
+  double counts[NUM_COUNTS] = {}, forget = 0;
 };
 
 template <typename A>

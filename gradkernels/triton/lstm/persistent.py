@@ -1,7 +1,7 @@
 """Whether a walk through time is taken by the persistent kernels of csrc/cuda, in one launch, and the call if so.
 
 They are there where gradkernels._C_cuda was built, and take 16-bit dtypes without a projection, as long as all their programs
-are resident on the device at once. Everything else goes step by step (lstm_forward.py, lstm_backward.py).
+are resident on the device at once. Everything else goes step by step (forward.py, backward.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gradkernels.triton.lstm import NUM_SUMS
-from gradkernels.triton.lstm_steps import Steps
+from gradkernels.triton.lstm.gates import NUM_SUMS
+from gradkernels.triton.lstm.sequence import Steps
 
 try:
     import gradkernels._C_cuda as _C_cuda
@@ -40,27 +40,25 @@ def on_device(*case: Any) -> tuple[int, int]:
     return tuple(_C_cuda.walk_on_device(*case))
 
 
-def captured(steps: Steps) -> bool:
-    """Whether a CUDA graph is being captured, into which the sizes of packed steps cannot be sent."""
-    return steps.batch_sizes is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def takes(steps: Steps, y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, at_once: int) -> bool:
+    """Whether the persistent kernels take a walk: not into a CUDA graph, to which the sizes of packed steps cannot be sent."""
+    if steps.batch_sizes is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return planned(y, weight_hr, H, backward, steps.B, at_once)[0] > 0
 
 
 def walk_forward(
     steps: Steps,
     gates: torch.Tensor,
     weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
     h0: torch.Tensor,
     c0: torch.Tensor,
     y: torch.Tensor,
     cells: torch.Tensor,
     at_once: int,
-) -> bool:
-    """Whether it has been done: gates activated, y and cells filled."""
-    if captured(steps) or not planned(y, weight_hr, c0.shape[1], False, steps.B, at_once)[0]:
-        return False
+) -> None:
+    """Activates gates, fills y and cells."""
     OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
-    return True
 
 
 def walk_backward(
@@ -69,18 +67,15 @@ def walk_backward(
     dh: torch.Tensor,
     dc: torch.Tensor,
     weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
     c0: torch.Tensor,
     gates: torch.Tensor,
     cells: torch.Tensor,
     dgates: torch.Tensor,
     telemetry: bool,
     at_once: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """(partials, exponents), None without telemetry, if it has been done: dgates filled, dh0 and dc0 in dh and dc."""
-    (programs, _), T = planned(dgates, weight_hr, c0.shape[1], True, steps.B, at_once), len(steps.sizes)
-    if captured(steps) or not programs:
-        return None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(partials, exponents), None without telemetry: dgates filled, dh0 and dc0 in dh and dc."""
+    (programs, _), T = planned(dgates, None, c0.shape[1], True, steps.B, at_once), len(steps.sizes)
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
     outputs, order = (dgates, partials, exponents), (steps.batch_sizes, steps.reverse)

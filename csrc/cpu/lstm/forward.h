@@ -1,6 +1,6 @@
 // The forward pass through time. A thread owns units: it computes their gates, cells and outputs at every step, and meets the
 // others once a step (twice with a projection, whose columns it owns likewise).
-// Included inside namespace gk::GK_ISA after lstm_gates.h, once per instruction set; no include guard.
+// Included inside namespace gk::GK_ISA after gates.h, once per instruction set; no include guard.
 
 // Blocks of WIDTH units, each with its four gates side by side: packed[block][k][gate][lane] = weight_hh[gate, unit][k].
 template <typename A>

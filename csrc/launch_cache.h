@@ -51,7 +51,7 @@ struct Plan {
   std::shared_ptr<PyObject> kernels;
 };
 
-// The kind of a call, in words. No two kinds have the same: see Call in plans.cpp.
+// The kind of a call, in words. No two kinds have the same: see Call in launch_cache.cpp.
 using Key = std::span<const uint64_t>;
 struct HashKey {
   using is_transparent = void;

@@ -1,10 +1,11 @@
 // The hook of a probe on a tensor's gradient, where Python has nothing to do with it: gradkernels/ops/probe.py, GradientHook,
-// which does the same and serves the tensors that are refused here. A hook written in Python costs a small net ten times as much.
-#include "probe_hook.h"
+// which does the same and serves the tensors that are refused here. A hook written in Python costs a small net ten times as
+// much.
+#include "probe.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
 
-#include "autograd.h"
+#include "node.h"
 
 namespace gk {
 
@@ -31,8 +32,8 @@ struct Measure {
   }
 };
 
-// Has the gradient of x measured, once by each table; whether that was done. It is not for leaves, whose gradients have hooks of
-// one language alone, and not for tensors that are not one plain block of real numbers.
+// Has the gradient of x measured, once by each table; whether that was done. It is not for leaves, whose gradients have hooks
+// of one language alone, and not for tensors that are not one plain block of real numbers.
 bool attach(const std::shared_ptr<ProbeHook>& hook, const Tensor& x) {
   if (!x.requires_grad() || !x.grad_fn() || x.is_complex() || x.layout() != at::kStrided || x.is_nested() ||
       at::isTensorSubclassLike(x))

@@ -18,42 +18,54 @@ from typing import Any
 import torch
 from torch.autograd import Function, forward_ad
 
-from gradkernels.functional import Stack, in_turn
-from gradkernels.library import autocast_off
+from gradkernels.library import LIBRARY, autocast_off
 from gradkernels.ops._steps import rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
+from gradkernels.ops.lstm import Stack, sequential
 from gradkernels.ops.lstm_layer import check_layer
-from gradkernels.triton.lanes import Lanes
-from gradkernels.triton.lstm import NUM_SUMS
-from gradkernels.triton.lstm_backward import WalkedBack
-from gradkernels.triton.lstm_parts import Call, Part
-from gradkernels.triton.lstm_persistent import planned
-from gradkernels.triton.lstm_steps import Steps, last_rows
+from gradkernels.triton.lstm.backward import WalkedBack
+from gradkernels.triton.lstm.direction import Call, Part
+from gradkernels.triton.lstm.gates import NUM_SUMS
+from gradkernels.triton.lstm.persistent import planned
+from gradkernels.triton.lstm.sequence import Steps, last_rows
+from gradkernels.triton.lstm.streams import Lanes
 
 SPAN = 128  # steps at least: beside them it is little that every launch loads W_hh anew
 MOST_SPANS = 8
 
 
-def side_by_side(
+def concurrent(
     stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, weights: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """What functional.in_turn gives, of CUDA tensors. None where that has to do it: because nothing would walk at once, or
-    because PyTorch traces or transforms what runs.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `sequential` gives, of CUDA tensors. It is called where nothing would run at the same time, and where PyTorch traces
+    or transforms what runs.
+    """
+    schedules = schedules_of(stack, x, h0, c0, weights)
+    in_spans = any(len(schedule.spans) > 1 for schedule in schedules)
+    if not schedules or not (stack.bidirectional or in_spans):
+        return sequential(stack, x, h0, c0, weights)
+    return _Concurrent.apply(stack, schedules, stack.batch_sizes, x, h0, c0, *weights)
+
+
+def schedules_of(
+    stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> list[Schedule]:
+    """How the forward pass goes, and the backward pass where there will be one. Empty where layers have to go one by one.
+
+    Raises what `lstm_layer` raises.
     """
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, h0, c0, *weights))
-    if transformed or not plain or torch.jit.is_tracing() or not len(h0) == len(c0) == stack.parts:
-        return None
-    for index in range(stack.parts):
+    one = stack.layer_directions == 1
+    if one or transformed or not plain or torch.jit.is_tracing() or not len(h0) == len(c0) == stack.layer_directions:
+        return []
+    for index in range(stack.layer_directions):
         of_layer = x if index < stack.directions else x.new_empty(1).expand(*x.shape[:-1], h0.shape[-1] * stack.directions)
         own, measured = stack.weights_of(weights, index), (stack.stats[index], stack.time_stats[index])
         check_layer(of_layer, h0[index], c0[index], own, stack.batch_sizes, *measured)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights))
-    ways = (False, True) if differentiable else (False,)
-    schedules = [schedule_of(stack, x, h0, stack.weights_of(weights, 0), backward) for backward in ways]
-    if stack.directions == 1 and all(len(schedule.spans) == 1 for schedule in schedules):
-        return None
-    return _SideBySide.apply(stack, schedules, stack.batch_sizes, x, h0, c0, *weights)
+    passes = (False, True) if differentiable else (False,)
+    return [schedule_of(stack, x, h0, stack.weights_of(weights, 0), backward) for backward in passes]
 
 
 @dataclass(frozen=True)
@@ -87,10 +99,10 @@ def schedule_of(
 def call_of(stack: Stack, schedule: Schedule, tensors: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> Call:
     """The call of tensors = (x, h0, c0, *weights), with what `saved_for` has made room for."""
     x, h0, c0, *weights = tensors
-    outputs, others = saved[: 3 * stack.parts], saved[3 * stack.parts :]
+    outputs, others = saved[: 3 * stack.layer_directions], saved[3 * stack.layer_directions :]
     masks, inputs = (others[: stack.num_layers - 1], others[stack.num_layers - 1 :]) if stack.dropout else ((), others)
     sizes, rows, parts = step_sizes(x, h0[0], stack.batch_sizes), rows_of(x), []
-    for index in range(stack.parts):
+    for index in range(stack.layer_directions):
         layer, direction = divmod(index, stack.directions)
         if layer and not direction:
             rows = inputs[layer - 1] if inputs else parts[-1].y
@@ -109,7 +121,7 @@ def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
     num_rows, P, H, wide = rows_of(x).shape[0], h0.shape[2], c0.shape[2], widen(c0[:0]).dtype
     shapes = (((*x.shape[:-1], P), x.dtype), ((num_rows, 4 * H), wide), ((num_rows, H), wide))
     saved = []
-    for index in range(stack.parts):
+    for index in range(stack.layer_directions):
         y, gates, cells = (x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
         before = index - 2 * stack.directions
         saved += [y, saved[3 * before + 1] if reuse and before >= 0 else gates, cells]
@@ -180,9 +192,9 @@ def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bo
     `needs`: which of (x, h0, c0, *weights) want a gradient. Parts that none of them needs are not walked through.
     """
     stack, every = call.stack, any(needs[:3])
-    of_weights = [any(stack.weights_of(needs[3:], index)) for index in range(stack.parts)]
+    of_weights = [any(stack.weights_of(needs[3:], index)) for index in range(stack.layer_directions)]
     lowest = 0 if every else of_weights.index(True) // stack.directions
-    active = [k for k in range(stack.parts) if every or of_weights[k] or k // stack.directions > lowest]
+    active = [k for k in range(stack.layer_directions) if every or of_weights[k] or k // stack.directions > lowest]
     for index in reversed(active):
         prepare(call, index, *grads, needs[0] or index // stack.directions > lowest)
     walk_down(call, active, of_weights)
@@ -197,7 +209,7 @@ def below(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
-class _SideBySide(Function):
+class _Concurrent(Function):
     """Of a whole call: saves its inputs, and what `saved_for` has made room for."""
 
     @staticmethod
@@ -209,7 +221,7 @@ class _SideBySide(Function):
             saved = saved_for(stack, *tensors[:3], reuse=len(schedules) == len(schedules[0].spans) == 1)
             call = call_of(stack, schedules[0], tensors, saved)
             walk_up(call)
-            ys = saved[3 * (stack.parts - stack.directions) : 3 * stack.parts : 3]
+            ys = saved[3 * (stack.layer_directions - stack.directions) : 3 * stack.layer_directions : 3]
             y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
             h_n = torch.stack([last_rows(part.steps, part.y) for part in call.parts])
             c_n = torch.stack([last_rows(part.steps, part.cells) for part in call.parts]).to(x.dtype)
@@ -270,7 +282,7 @@ def differentiable_gradients(
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
     """The same through one layer after the other, whose nodes can be differentiated once more."""
-    masks, again = saved[3 * stack.parts :], torch.is_grad_enabled()
+    masks, again = saved[3 * stack.layer_directions :], torch.is_grad_enabled()
 
     def drop(y: torch.Tensor, layer: int) -> torch.Tensor:
         return y * masks[layer].view(y.shape) * stack.scale
@@ -278,9 +290,20 @@ def differentiable_gradients(
     with torch.enable_grad():
         # Aliases of our own: one tensor may be given twice, or be made from another, and the outer pass goes on from here.
         tensors = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
-        outputs = in_turn(stack, *tensors[:3], tensors[3:], drop)
+        outputs = sequential(stack, *tensors[:3], tensors[3:], drop)
         used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
         outputs, given = zip(*used, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needs]
+
+
+def lstm(
+    x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, weights: Sequence[torch.Tensor], *stack: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`concurrent` of the op's arguments."""
+    return concurrent(Stack(*stack), x, h0, c0, weights)
+
+
+for key in ("CUDA", "AutogradCUDA"):
+    LIBRARY.impl("lstm", lstm, key)

@@ -1,27 +1,27 @@
 // One LSTM layer in one direction, padded or packed. The products that know no time (x W_ih^T before the walk; dx and the
-// gradients of the weights after it) are PyTorch's; the walks are in lstm_forward.h and lstm_backward.h.
-#include "lstm.h"
-#include "lstm_checks.h"
+// gradients of the weights after it) are PyTorch's; the walks are in forward.h and backward.h.
+#include "checks.h"
+#include "steps.h"
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
-#include "tables.h"
+#include "../tables.h"
 
-#define GK_SOURCE "lstm_layer.cpp"
-#include "each_isa.h"
+#define GK_SOURCE "lstm/layer.cpp"
+#include "../each_isa.h"
 
 #ifdef GK_ISA
 namespace gk::GK_ISA {
-#include "vec.h"
+#include "../vec.h"
 
-#include "lstm_gates.h"
+#include "gates.h"
 
-#include "lstm_forward.h"
+#include "forward.h"
 
-#include "lstm_backward.h"
+#include "backward.h"
 
 template <typename A>
 static int64_t panels_size(int64_t K, int64_t columns) {
@@ -124,9 +124,8 @@ static double unscaled_norm(const SquareSum& squares, int64_t exponent) {
 // Adds one backward call to `time_stats`.
 static void record_steps(const Steps& steps, const std::vector<StepSums>& sums, const std::vector<int64_t>& exponent,
                          int threads, int64_t H, const Tensor& time_stats) {
-  constexpr int64_t columns = 12;
   const int64_t T = steps.num_steps();
-  std::vector<double> rows(T * columns);
+  std::vector<double> rows(T * NUM_TIME_FIELDS);
   for (int64_t n = 0; n < T; ++n) {
     const int64_t t = steps.order[T - 1 - n];
     StepSums total;
@@ -136,15 +135,15 @@ static void record_steps(const Steps& steps, const std::vector<StepSums>& sums, 
       total.dc += part.dc;
       total.dh_recurrent += part.dh_recurrent;
       total.forget += part.forget;
-      for (int c = 0; c < 7; ++c) total.counts[c] += part.counts[c];
+      for (int c = 0; c < NUM_COUNTS; ++c) total.counts[c] += part.counts[c];
     }
-    double* row = rows.data() + t * columns;
+    double* row = rows.data() + t * NUM_TIME_FIELDS;
     row[0] = unscaled_norm(total.dh, exponent[t]);
     row[1] = unscaled_norm(total.dc, exponent[t]);
     row[2] = unscaled_norm(total.dh_recurrent, n == 0 ? 0 : exponent[steps.order[T - n]]);
-    row[3] = static_cast<double>(steps.size[t] * H);
-    for (int c = 0; c < 7; ++c) row[4 + c] = total.counts[c];
-    row[11] = total.forget;
+    row[GATE_COUNT] = static_cast<double>(steps.size[t] * H);
+    for (int c = 0; c < NUM_COUNTS; ++c) row[FIRST_COUNT + c] = total.counts[c];
+    row[FORGET_SUM] = total.forget;
   }
   add_steps(rows.data(), T, time_stats);
 }

@@ -1,6 +1,6 @@
-// Launch plans: see plans.h. Nothing here needs CUDA: a launch is a call of the driver's function by its address, streams and
-// devices are reached through c10's guards, memory through PyTorch's dispatcher.
-#include "plans.h"
+// Launch plans: see launch_cache.h. Nothing here needs CUDA: a launch is a call of the driver's function by its address,
+// streams and devices are reached through c10's guards, memory through PyTorch's dispatcher.
+#include "launch_cache.h"
 
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
@@ -174,7 +174,7 @@ std::shared_ptr<PyObject> own(py::object object) {
           }};
 }
 
-// The plan that gradkernels/triton/plans.py describes.
+// The plan that gradkernels/triton/launch_cache.py describes.
 std::shared_ptr<const Plan> plan_from(const py::tuple& description, size_t num_arguments) {
   auto plan = std::make_shared<Plan>();
   using Parameters = std::vector<std::pair<int64_t, uint64_t>>;

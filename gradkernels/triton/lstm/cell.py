@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import launch
-from gradkernels.triton.lstm import gates_backward, gates_forward, hyperbolic_tangent, load_gates, store_gates
-from gradkernels.triton.lstm_steps import multiply_wide
+from gradkernels.triton.launch_cache import register
+from gradkernels.triton.lstm.gates import gates_backward, gates_forward, hyperbolic_tangent, load_gates, store_gates
+from gradkernels.triton.lstm.sequence import multiply_wide
 from gradkernels.triton.probe import probe_each
 
 BLOCK = 512  # elements of h of a program
@@ -121,3 +122,7 @@ def lstm_cell_bwd(
     dbias = dg.sum(0) if weights and bias_ih is not None else None
     probe_each(stats, dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias)
     return tuple(x.new_empty(0) if d is None else d for d in (dx, dh, dc, dweight_ih, dweight_hh, dbias))
+
+
+register("lstm_cell_fwd", lstm_cell_fwd)
+register("lstm_cell_bwd", lstm_cell_bwd)

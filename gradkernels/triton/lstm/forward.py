@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from gradkernels.library import define
-from gradkernels.triton import lstm_persistent
 from gradkernels.triton.launch import launch_each
-from gradkernels.triton.lstm import gates_forward, load_gates, multiply, store_gates
-from gradkernels.triton.lstm_steps import Steps, aligned, tile_of, uses_tf32
+from gradkernels.triton.launch_cache import register
+from gradkernels.triton.lstm import persistent
+from gradkernels.triton.lstm.gates import gates_forward, load_gates, multiply, store_gates
+from gradkernels.triton.lstm.sequence import Steps, aligned, tile_of, uses_tf32
 
 
 @triton.jit(do_not_specialize=["source", "first", "out_first", "num_rows"])
@@ -121,7 +122,8 @@ def walk_forward(
     """
     weight_hh, h0 = weight_hh.contiguous(), h0.contiguous()
     weight_hr = None if weight_hr is None else weight_hr.contiguous()
-    if lstm_persistent.walk_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells, at_once):
+    if persistent.takes(steps, y, weight_hr, c0.shape[1], False, at_once):
+        persistent.walk_forward(steps, gates, weight_hh, h0, c0, y, cells, at_once)
         return
     args = (gates, weight_hh, weight_hr, aligned(h0), aligned(c0), y, cells)
     tf32 = uses_tf32(y.dtype)
@@ -177,3 +179,6 @@ def launch_forward(
             grid = (output_blocks, -(-size // tile["BLOCK_M"]))
             launches.append((lstm_fwd_project_kernel, grid, (m, weight_hr, y, first, size)))
     launch_each(launches, H=H, P=P, TF32=tf32, **tile)
+
+
+register("lstm_steps_fwd", lstm_steps_fwd)

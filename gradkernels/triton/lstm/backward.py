@@ -1,4 +1,4 @@
-"""The walk back through time of an LSTM layer, one launch a step (two with a projection). csrc/cpu/lstm_backward.h does it
+"""The walk back through time of an LSTM layer, one launch a step (two with a projection). csrc/cpu/lstm/backward.h does it
 on a CPU; formulas: gradkernels/ops/lstm_layer.py.
 
 A program owns BLOCK_M rows and BLOCK_N units. It multiplies the dG of the step after by its columns of weight_hh, adds dy,
@@ -18,23 +18,23 @@ import triton
 import triton.language as tl
 
 from gradkernels.library import define
-from gradkernels.triton import lstm_persistent
 from gradkernels.triton.launch import launch_each
-from gradkernels.triton.lstm import (
+from gradkernels.triton.launch_cache import register
+from gradkernels.triton.lstm import persistent
+from gradkernels.triton.lstm.gates import (
     NUM_SUMS,
     add_pairs,
     gates_backward,
     hyperbolic_tangent,
     load_gates,
-    load_scale,
     multiply,
-    power_of_two,
     square_sum,
     store_counts,
     store_gates,
     sums_of_gates,
 )
-from gradkernels.triton.lstm_steps import Steps, aligned, tile_of, uses_tf32
+from gradkernels.triton.lstm.scale import load_scale, power_of_two
+from gradkernels.triton.lstm.sequence import Steps, aligned, tile_of, uses_tf32
 
 SCAN = 1024  # elements that a program looks at together where it looks for the largest
 STEP_INTEGERS = ["t", "after", "first", "previous", "size", "live", "continued", "num_programs"]
@@ -259,9 +259,9 @@ def walk_backward(
     beside `at_once` - 1 others like it.
     """
     dgates = weight_hh.new_empty(gates.shape)
-    args = (dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, telemetry)
-    if walked := lstm_persistent.walk_backward(steps, *args, at_once):
-        return WalkedBack(dgates, None, *walked)
+    if persistent.takes(steps, dgates, weight_hr, c0.shape[1], True, at_once):
+        args = (dy, dh, dc, weight_hh, c0, gates, cells, dgates, telemetry, at_once)
+        return WalkedBack(dgates, None, *persistent.walk_backward(steps, *args))
     return _walk_in_steps(steps, dy, dh, dc, weight_hh, weight_hr, aligned(c0), gates, cells, dgates, telemetry)
 
 
@@ -382,3 +382,6 @@ def _launch_incoming(steps: Steps, dy: torch.Tensor | None, dh: torch.Tensor, dc
         where = (begin, steps.first[begin], steps.sizes[begin], joining, steps.live(joining))
         launches.append((lstm_incoming_kernel, (end - begin + 1,), (dy, dh, dc, incoming, *where)))
     launch_each(launches, H=dc.shape[1], P=dh.shape[1], BLOCK=SCAN, num_warps=4)
+
+
+register("lstm_steps_bwd", lstm_steps_bwd)

@@ -3,7 +3,7 @@
 
 #include <c10/util/SmallVector.h>
 
-#include "checks.h"
+#include "../checks.h"
 
 namespace gk {
 

@@ -1,4 +1,4 @@
-"""Launch plans: what a call of an op allocates, launches and returns, written down for csrc/plans.cpp to do without Python.
+"""What a call of an op allocates, launches and returns, written down for csrc/launch_cache.cpp to do again without Python.
 
 A plan is made from what one call did, and only where everything it did is understood: allocations, views, and launches of
 compiled kernels whose parameters, by the kernel's own declaration, are those that are passed. Any other call stays in Python.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.library import _C
+from gradkernels.library import _C, implement
 
 ATEN = torch.ops.aten
 ALLOCATIONS = frozenset(
@@ -59,7 +59,7 @@ class Recording(TorchDispatchMode):
         self.launches.append((compiled, grid, given))
 
     def plan(self, inputs: tuple, outputs: tuple) -> tuple | None:
-        """The plan: (allocations, launches, outputs, what keeps the kernels), as csrc/plans.cpp reads it, or None."""
+        """The plan: (allocations, launches, outputs, what keeps the kernels), as csrc/launch_cache.cpp reads it, or None."""
         results = [self._which(t) for t in outputs]
         device = next(t for t in inputs if isinstance(t, torch.Tensor)).device
         if not self.understood or None in results or any(t.device != device for t in self.allocations):
@@ -213,3 +213,12 @@ def watch(kernel: Callable, *args: Any) -> tuple[Any, tuple | None]:
         result = kernel(*args)
     outputs = result if isinstance(result, tuple) else () if result is None else (result,)
     return result, recording.plan(args, outputs)
+
+
+KERNELS: dict[str, Callable] = {}  # what has been registered
+
+
+def register(op: str, kernel: Callable, opaque: bool = False) -> None:
+    """Makes `kernel`, which launches Triton kernels, what runs for `op` on GPUs. opaque: torch.compile does not look in."""
+    KERNELS[op] = kernel
+    implement(op, kernel, watch, opaque=opaque)

@@ -1,7 +1,7 @@
 """One LSTM layer in one direction on a GPU, alone (lstm_layer.py) or as a part of a stack (lstm_stack.py).
 
 The products that know no time are PyTorch's: x W_ih^T before the walk through time, dx and the gradients of the weights after
-it; the walks are in lstm_forward.py and lstm_backward.py.
+it; the walks are in forward.py and backward.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gradkernels.functional import Stack
 from gradkernels.ops.layer_norm import widen
-from gradkernels.triton.lstm_backward import WalkedBack, walk_backward
-from gradkernels.triton.lstm_forward import walk_forward
-from gradkernels.triton.lstm_persistent import walk_span_back
-from gradkernels.triton.lstm_steps import Steps, multiply_wide, preactivations, previous_rows
-from gradkernels.triton.lstm_time_stats import record_steps
+from gradkernels.ops.lstm import Stack
+from gradkernels.triton.lstm.backward import WalkedBack, walk_backward
+from gradkernels.triton.lstm.forward import walk_forward
+from gradkernels.triton.lstm.persistent import walk_span_back
+from gradkernels.triton.lstm.sequence import Steps, multiply_wide, preactivations, previous_rows
+from gradkernels.triton.lstm.time_stats import record_steps
 from gradkernels.triton.probe import probe_each
 
 

@@ -4,12 +4,11 @@
 // A gradient that vanishes would leave float32 after some hundred steps, and with it every norm. So dh and dc are carried
 // times a power of two, chosen anew at each step from the largest magnitude of the step after; what is written to memory is
 // scaled back. Within float32's range that changes no bit, with or without statistics.
-// Included inside namespace gk::GK_ISA after lstm_gates.h, once per instruction set; no include guard.
+// Included inside namespace gk::GK_ISA after gates.h, once per instruction set; no include guard.
 
 template <typename A>
 struct Scale {
-  static constexpr int SPAN = 32;                             // magnitudes from 2^-SPAN to 2^SPAN are left as they are
-  static constexpr int LARGEST = sizeof(A) == 4 ? 100 : 900;  // exponent in which what comes from outside can be scaled too
+  static constexpr int MAX_EXPONENT = sizeof(A) == 4 ? MAX_EXPONENT_FLOAT : MAX_EXPONENT_DOUBLE;
 
   int64_t exponent = 0;
   A carried = 1, incoming = 1, back = 1;  // factors of what this scale's predecessor carried, of dy, and of what is written
@@ -18,16 +17,16 @@ struct Scale {
     int64_t wanted = exponent;
     if (!(largest > 0 && largest <= std::numeric_limits<A>::max())) {
       wanted = 0;
-    } else if (const int power = std::ilogb(largest); power < -SPAN || power > SPAN) {
-      wanted = std::max<int64_t>(0, std::min<int64_t>(exponent - power, exponent + LARGEST));
+    } else if (const int power = std::ilogb(largest); power < -EXPONENT_RANGE || power > EXPONENT_RANGE) {
+      wanted = std::max<int64_t>(0, std::min<int64_t>(exponent - power, exponent + MAX_EXPONENT));
     }
     if (largest_incoming != 0) {
       const bool finite = largest_incoming <= std::numeric_limits<A>::max();
-      const int64_t most = finite ? std::min<int64_t>(LARGEST, SPAN - std::ilogb(largest_incoming)) : 0;
+      const int64_t most = finite ? std::min<int64_t>(MAX_EXPONENT, EXPONENT_RANGE - std::ilogb(largest_incoming)) : 0;
       wanted = std::max<int64_t>(0, std::min(wanted, most));
     }
     carried = std::ldexp(A(1), static_cast<int>(wanted - exponent));
-    incoming = wanted <= LARGEST ? std::ldexp(A(1), static_cast<int>(wanted)) : A(0);
+    incoming = wanted <= MAX_EXPONENT ? std::ldexp(A(1), static_cast<int>(wanted)) : A(0);
     back = std::ldexp(A(1), static_cast<int>(-wanted));
     exponent = wanted;
   }
@@ -78,8 +77,8 @@ struct Squares<double> {
   GK_INLINE void add_row(const double* values, int64_t count) {
     for (int64_t j = 0; j < count; j += WIDTH<double>) {
       const Vec<double> v = load_first(values + j, count - j), size = magnitude<double>(v), zero{};
-      const Vec<double> up = size < 0x1p-480 ? v * 0x1p537 : zero, down = size > 0x1p480 ? v * 0x1p-537 : zero;
-      const Vec<double> rest = size < 0x1p-480 ? zero : size > 0x1p480 ? zero : v;  // NaN among them
+      const Vec<double> up = size < SMALLEST_SQUARED ? v * SCALE : zero, down = size > LARGEST_SQUARED ? v * (1 / SCALE) : zero;
+      const Vec<double> rest = size < SMALLEST_SQUARED ? zero : size > LARGEST_SQUARED ? zero : v;  // NaN among them
       ordinary += rest * rest;
       tiny += up * up;
       huge += down * down;
@@ -95,7 +94,7 @@ template <typename A>
 struct StepMeasure {
   typedef typename Lanes<A>::integer Integer;
   Squares<A> dh, dc, dh_recurrent;
-  Integer counts[7] = {};
+  Integer counts[NUM_COUNTS] = {};
   Vec<A> forget{};
   int64_t empty = 0;  // lanes beyond the last unit, which are zeros: low, all of them
 
@@ -104,13 +103,13 @@ struct StepMeasure {
     for (int64_t j = 0; j < count; j += WIDTH<A>) {
       const Vec<A> i = load_first(gates + j, count - j), f = load_first(gates + H + j, count - j),
                    g = load_first(gates + 2 * H + j, count - j), o = load_first(gates + 3 * H + j, count - j);
-      counts[0] += (Integer)(i < A(0.1));
-      counts[1] += (Integer)(i > A(0.9));
-      counts[2] += (Integer)(f < A(0.1));
-      counts[3] += (Integer)(f > A(0.9));
-      counts[4] += (Integer)(magnitude<A>(g) > A(0.9));
-      counts[5] += (Integer)(o < A(0.1));
-      counts[6] += (Integer)(o > A(0.9));
+      counts[0] += (Integer)(i < A(LOW_GATE));
+      counts[1] += (Integer)(i > A(HIGH_GATE));
+      counts[2] += (Integer)(f < A(LOW_GATE));
+      counts[3] += (Integer)(f > A(HIGH_GATE));
+      counts[4] += (Integer)(magnitude<A>(g) > A(HIGH_GATE));
+      counts[5] += (Integer)(o < A(LOW_GATE));
+      counts[6] += (Integer)(o > A(HIGH_GATE));
       forget += f;
       empty += std::max<int64_t>(0, WIDTH<A> - (count - j));
     }
@@ -119,7 +118,7 @@ struct StepMeasure {
     sums.dh = dh.total();
     sums.dc = dc.total();
     sums.dh_recurrent = dh_recurrent.total();
-    for (int c = 0; c < 7; ++c) {
+    for (int c = 0; c < NUM_COUNTS; ++c) {
       int64_t total = c == 0 || c == 2 || c == 5 ? -empty : 0;
       for (int64_t lane = 0; lane < WIDTH<A>; ++lane) total -= counts[c][lane];
       sums.counts[c] = static_cast<double>(total);
@@ -231,7 +230,7 @@ static void walk_back(const LstmBackward<A>& p, int thread, int threads, Barrier
       live = size;
     }
     // Scanning what comes in takes time, and is only needed where something has vanished.
-    const bool scaling = n == 0 || scale.exponent != 0 || (largest > 0 && std::ilogb(largest) < -Scale<A>::SPAN);
+    const bool scaling = n == 0 || scale.exponent != 0 || (largest > 0 && std::ilogb(largest) < -EXPONENT_RANGE);
     scale.choose(largest, scaling ? (n == 0 ? largest : largest_incoming(p, t, live)) : A(0));
     if (scaling) barrier.wait(threads);  // nobody writes to dc before all have read it
     StepMeasure<A> measure;

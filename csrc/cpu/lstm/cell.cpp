@@ -1,7 +1,7 @@
 // One step of an LSTM. Its products are PyTorch's, for weights packed for one step alone would cost what they save; the loops
 // here turn the products into gates and states, and back.
-#include "lstm.h"
-#include "lstm_checks.h"
+#include "checks.h"
+#include "steps.h"
 
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -26,14 +26,14 @@ struct CellBackward {
 }  // namespace gk
 #endif
 
-#define GK_SOURCE "lstm_cell.cpp"
-#include "each_isa.h"
+#define GK_SOURCE "lstm/cell.cpp"
+#include "../each_isa.h"
 
 #ifdef GK_ISA
 namespace gk::GK_ISA {
-#include "vec.h"
+#include "../vec.h"
 
-#include "lstm_gates.h"
+#include "gates.h"
 
 template <typename A>
 static void cell_forward(const CellForward<A>& p, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-"""The ops of one LSTM layer in one direction on a GPU: what they do is in lstm_parts.py."""
+"""The ops of one LSTM layer in one direction on a GPU: what they do is in direction.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 
 from gradkernels.ops._steps import rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
-from gradkernels.triton.lstm_parts import Part
-from gradkernels.triton.lstm_steps import Steps, last_rows
+from gradkernels.triton.launch_cache import register
+from gradkernels.triton.lstm.direction import Part
+from gradkernels.triton.lstm.sequence import Steps, last_rows
 
 
 def lstm_layer_fwd(
@@ -73,3 +74,8 @@ def lstm_layer_bwd(
     dh, dc = (d.to(x.dtype) for d in part.state)
     dx, *of_weights = (x.new_empty(0) if d is None else d for d in (part.dx, *part.of_weights))
     return dx.view(x.shape) if inputs else dx, dh, dc, *of_weights
+
+
+# torch.compile does not look into these: it would lay out one launch a step, and build another graph for every length.
+register("lstm_layer_fwd", lstm_layer_fwd, opaque=True)
+register("lstm_layer_bwd", lstm_layer_bwd, opaque=True)

@@ -1,0 +1,46 @@
+// The autograd node of residual: see node.h.
+#include "node.h"
+
+#include <ATen/ops/alias.h>
+
+namespace gk {
+namespace {
+
+struct ResidualBackward : Node {
+  OptionalTensor stats;
+
+  std::string name() const override { return "GradkernelsResidualBackward"; }
+  variable_list apply(variable_list&& gradients) override {
+    using Signature = Tensor(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
+    static const auto kernel = find<Signature>("gradkernels::residual_bwd");
+    static const auto differentiable = find<Signature>("gradkernels::residual_bwd_differentiable");
+    if (!gradients[0].defined() && !gradients[1].defined()) return {Tensor()};
+    const auto dskip = optional(gradients[0]), dbranch = optional(gradients[1]);
+    return {run_backward([&] { return differentiable.call(dskip, dbranch, stats); },
+                         [&] { return kernel.call(dskip, dbranch, stats); })};
+  }
+};
+
+// Both outputs are x. They are marked as views of one node with several outputs, so that writing into either in place,
+// which would change the other behind autograd's back, raises the error PyTorch users know from split() and unbind().
+std::tuple<Tensor, Tensor> residual_fork(const Tensor& x, const OptionalTensor& stats) {
+  const auto node = node_for<ResidualBackward>(x);
+  const auto view = [&] {
+    Tensor alias = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return at::alias(x);
+    }();
+    return torch::autograd::as_view(x, alias, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/true, nullptr, nullptr,
+                                    torch::autograd::CreationMeta::MULTI_OUTPUT_NODE);
+  };
+  if (!node || forward_mode(x)) return {at::alias(x), at::alias(x)};
+  Tensor skip = view(), branch = view();
+  node->stats = stats;
+  torch::autograd::set_history(std::vector<Tensor>{skip, branch}, node);
+  return {skip, branch};
+}
+
+}  // namespace
+}  // namespace gk
+
+TORCH_LIBRARY_IMPL(gradkernels, CompositeImplicitAutograd, m) { m.impl("residual_fork", gk::residual_fork); }
