@@ -24,9 +24,7 @@ def figures() -> dict[str, dict[str, list[float]]]:
     """{machine: {op and dtype: [geometric mean, smallest, largest] of fused / eager with telemetry on}} of one machine."""
     found = {}
     for name, lines in machines().items():
-        groups = {
-            pair: [median(line) for line in group] for pair, group in ours(lines).items() if not pair[0].endswith(" rows")
-        }
+        wanted = {pair: group for pair, group in ours(lines).items() if not pair[0].endswith(" rows")}
         ratios = {pair: [median(line) for line in group] for pair, group in wanted.items()}
         bars = {
             f"{op}, {dtype}": [round(value, 4) for value in (geometric_mean(own), min(own), max(own))]
