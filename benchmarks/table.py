@@ -31,7 +31,7 @@ python -m benchmarks.run --threads 1 lstm_layer
 The first measures every op, adds lines to `benchmarks/results/`, and writes this page from all lines there. The second
 measures one op on one thread.
 
-Every figure is a ratio of times; below 1 is faster. The variants take turns in one process, and a figure is the median of
+Every figure is a ratio of times; below 1 is faster. The variants take turns in one process. A figure is the median of
 the rounds. A time is that of forward and backward with all gradients, allocation included. Buffers rotate beyond the
 caches. An implementation that fails its check against float64 is not timed.
 
