@@ -141,7 +141,7 @@ def time_table() -> list[str]:
     """Plan and predicted time of each size in SIZES on an H100 SXM."""
     device = DEVICES["H100 SXM, H200"]
     questions = [(B, H, backward, device) for B, _, H in SIZES for backward in (False, True)]
-    header = "| B, T, H | pass | blocks | units x rows | shared | L2 |"
+    header = "| B, T, H | pass | blocks | tile | smem | L2 |"
     table = [f"{header} {' | '.join(PARTS)} | us | ms |", "|" + "---|" * (8 + len(PARTS))]
     for k, plan in enumerate(plans(questions)):
         (B, T, H), walk = SIZES[k // 2], ("forward", "backward")[k % 2]

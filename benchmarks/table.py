@@ -1,7 +1,6 @@
 """python -m benchmarks.table [--write]: the page docs/benchmarks.md, made from the committed result lines.
 
-First one row per op and dtype, with a column per machine; then all of each machine. benchmarks/chart.py draws the README's
-picture.
+First one row per op and dtype, with a column per machine; then all of each machine. With --write also the README's chart.
 """
 
 from __future__ import annotations
@@ -205,9 +204,12 @@ def page() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the page, or writes it."""
+    """Prints the page, or writes it and the chart."""
     if arguments[:1] == ["--write"]:
+        from benchmarks import chart
+
         PAGE.write_text(page())
+        chart.main()
     else:
         print(page())
 
