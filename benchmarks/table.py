@@ -45,6 +45,18 @@ caches. An implementation that fails its check against float64 is not timed.
 - **backward of values**: a backward with telemetry on, (2048, 768), on a gradient of those values, against the same on
   normal random numbers; "1e-30, 1e30" is half of each.
 - **watching**: forward and backward of a model with probes, against the same without.
+
+## Where a fused layer loses
+
+- A residual connection alone is slower than eager's at every small shape, where its one op more shows. torch.compile
+  fuses the benchmark's branch into it, which is faster still. Its three norms cost more than its one addition where
+  tensors are in the cache.
+- The smallest shapes of GELU and the norms are slower than eager's on some machines: see "from, to".
+- Statistics in bfloat16 cost more than the aim of 5 to 10 % at many shapes: see "on / off".
+- Large float32 tensors are bound by memory for everybody, so there the ratios approach 1.
+- An LSTM in bfloat16 computes in float32 on a CPU. That is slower than oneDNN's on CPUs with bfloat16 instructions, and
+  many times faster on those without.
+- Large float64 layers and large cells are bound by their products, which are PyTorch's.
 """
 
 

@@ -187,6 +187,16 @@ def test_generated_pages_are_those_of_the_lines() -> None:
     assert table.PAGE.read_text() == table.page(), "python -m benchmarks.table --write"
 
 
+def test_cost_of_watching_is_that_of_the_lines() -> None:
+    """The two percentages under Performance in the README: the most that any machine showed."""
+    table = pytest.importorskip("benchmarks.table")
+    lines = [line for own in table.machines().values() for line in own if line["implementation"] == "probes"]
+    tiny = [100 * (table.median(line) - 1) for line in lines if line["op"].endswith("mlp 64")]
+    rest = [100 * (table.median(line) - 1) for line in lines if not line["op"].endswith("mlp 64")]
+    said = re.findall(r"up to ([\d.]+) percent", " ".join(README.read_text().split()))
+    assert said == [f"{max(rest):.1f}", f"{max(tiny):.0f}"]
+
+
 def test_chart_is_that_of_the_lines() -> None:
     pytest.importorskip("matplotlib")
     from PIL import Image
