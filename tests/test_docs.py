@@ -152,7 +152,7 @@ def test_files_exist(page: Path) -> None:
             assert (ROOT / span).exists(), span
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=[*NAMES, "CHANGELOG.md"])
 def test_lines_are_short(page: Path) -> None:
     assert [line for line in page.read_text().splitlines() if len(line) > MAX_COLUMNS] == []
 
