@@ -30,7 +30,7 @@ from gradkernels.telemetry import NUM_CELLS
 from gradkernels.triton import KERNELS, add_layer_norm, gelu, launch, layer_norm, probe, residual
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+PAGE = Path(__file__).parent.parent / "docs" / "tables_triton.md"
 START, END = "<!-- codegen -->", "<!-- end of codegen -->"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -244,7 +244,7 @@ def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dic
 
 
 def write_table() -> None:
-    """The Hopper lines of the main loops, telemetry off and on, as a table in docs/kernels.md."""
+    """The Hopper lines of the main loops, telemetry off and on, as tables in docs/tables_triton.md."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     wanted = {}
     for line in lines:
@@ -252,7 +252,7 @@ def write_table() -> None:
         if shown and "bwd" in line["kernel"]:
             wanted.setdefault((line["op"], line["dtype"], line["columns"]), {})[line["telemetry"]] = line
     rows = [
-        "| backward | dtype | columns | instructions an element, off / on | registers, off / on | shared bytes |",
+        "| backward | dtype | columns | instructions, off / on | registers, off / on | shared bytes |",
         "|" + "---|" * 6,
     ]
     for (op, dtype, columns), pair in sorted(wanted.items()):
@@ -302,7 +302,7 @@ def main(arguments: list[str]) -> int:
     if not (chosen.json or chosen.target or chosen.columns or chosen.telemetry):
         RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_table()
-        print(f"{len(lines)} kernels in {RESULTS.name}, {spilled} of them spill; table in docs/{PAGE.name}")
+        print(f"{len(lines)} kernels in {RESULTS.name}, {spilled} of them spill; tables in docs/{PAGE.name}")
     return int(spilled > 0)
 
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.cuda_codegen: what the CUDA C++ kernels become, and how the LSTM's walks are laid over a GPU.
+"""python -m benchmarks.cuda_codegen: what the CUDA C++ kernels become, and how the LSTM's recurrence is laid over a GPU.
 
 Every kernel of csrc/cuda is compiled by nvcc for sm_80, sm_90a and sm_100, no GPU needed, and ptxas's own report is read:
 registers, stack, spills, shared memory. Writes benchmarks/results/cuda_codegen.jsonl, a line a kernel and target, and the
@@ -46,7 +46,7 @@ int main() {
   }
 }
 """
-PARTS = ("meeting", "exchange", "products", "weights", "sums", "cells")
+PARTS = ("barrier", "exchange", "products", "weights", "sums", "cells")
 PLAN = ("programs", "units", "rows", "shared", "exchange_bytes", *PARTS)
 
 
@@ -141,8 +141,8 @@ def time_table() -> list[str]:
     """Plan and predicted time of each size in SIZES on an H100 SXM."""
     device = DEVICES["H100 SXM, H200"]
     questions = [(B, H, backward, device) for B, _, H in SIZES for backward in (False, True)]
-    header = "| (B, T, H) | walk | blocks | units x rows | shared bytes | bytes from L2, a block and step |"
-    table = [f"{header} {' | '.join(PARTS)} | us a step | ms |", "|" + "---|" * (8 + len(PARTS))]
+    header = "| B, T, H | pass | blocks | tile | smem | L2 |"
+    table = [f"{header} {' | '.join(PARTS)} | us | ms |", "|" + "---|" * (8 + len(PARTS))]
     for k, plan in enumerate(plans(questions)):
         (B, T, H), walk = SIZES[k // 2], ("forward", "backward")[k % 2]
         cycles = sum(plan[part] for part in PARTS)
@@ -155,12 +155,12 @@ def time_table() -> list[str]:
 
 
 def at_once_table() -> list[str]:
-    """What two walks take one after the other on an H100 SXM, and at the same time on half of it each."""
+    """What two recurrences take one after the other on an H100 SXM, and at the same time on half of it each."""
     (sms, shared), sizes = DEVICES["H100 SXM, H200"], [*SIZES[:-1], (64, 256, 200), (64, 256, 256)]
     cases = [(size, backward) for size in sizes for backward in (False, True)]
     parts = ((sms, shared), (sms // 2, shared))
     found = plans([(B, H, backward, part) for (B, _, H), backward in cases for part in parts])
-    table = ["| (B, H) | walk | alone, blocks | alone, us | half, blocks | half, us | two directions | two layers in 8 spans |"]
+    table = ["| (B, H) | pass | alone, blocks | alone, us | half, blocks | half, us | two directions | two layers, 8 chunks |"]
     table.append("|" + "---|" * 8)
     for k, ((B, _, H), backward) in enumerate(cases):
         alone, half = found[2 * k : 2 * k + 2]
