@@ -51,9 +51,9 @@ TRITON_TYPES = {
     torch.int32: "i32",
 }
 
-# Cases are tensors without memory: what lstm_layer calls for a walk in steps launches on those as well.
+# Cases are tensors without memory: what lstm_layer calls for a recurrence in steps launches on those as well.
 META = torch.library.Library("gradkernels", "IMPL")
-for _op in ("lstm_steps_fwd", "lstm_steps_bwd"):
+for _op in ("lstm_stepwise_fwd", "lstm_stepwise_bwd"):
     META.impl(_op, KERNELS[_op], "Meta")
 
 

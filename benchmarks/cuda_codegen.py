@@ -2,7 +2,7 @@
 
 Every kernel of csrc/cuda is compiled by nvcc for sm_80, sm_90a and sm_100, no GPU needed, and ptxas's own report is read:
 registers, stack, spills, shared memory. Writes benchmarks/results/cuda_codegen.jsonl, a line a kernel and target, and the
-tables of docs/lstm_gpu.md: the kernels, and what csrc/cuda/lstm_plan.h plans and predicts. A prediction is marked as one.
+tables of docs/lstm_gpu.md: the kernels, and what csrc/cuda/lstm_tiling.h tilings and predicts. A prediction is marked as one.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUS
 DEVICES = {"H100 SXM, H200": (132, 232448), "H100 PCIe": (114, 232448), "A100": (108, 166912), "B200": (148, 232448)}
 SIZES = ((16, 1024, 768), (16, 1024, 256), (64, 512, 512), (16, 1024, 128), (16, 1024, 300), (32, 512, 1024), (16, 512, 2048))
 GIGAHERTZ = 1.755  # an H100 SXM's clock under load, as published
-PLANNER = """
+CHOOSER = """
 #include <cstdio>
-#include "lstm_plan.h"
+#include "lstm_tiling.h"
 int main() {
   int B, H, backward, sms, shared;
   while (std::scanf("%d %d %d %d %d", &B, &H, &backward, &sms, &shared) == 5) {
     const gk::Limits device{sms, shared};
-    const gk::Plan p = gk::plan_walk(B, H, backward, device);
+    const gk::Tiling p = gk::choose_tiling(B, H, backward, device);
     const gk::Cost c = p.M ? gk::predicted_cost(p, device) : gk::Cost{};
     std::printf("%d %d %d %d %d ", p.M ? p.programs() : 0, p.units, p.rows(), p.shared_bytes, p.exchange_words * 16);
     for (int64_t cycles : {c.meeting, c.exchange, c.products, c.weights, c.sums, c.cells}) std::printf("%d ", (int)cycles);
@@ -47,7 +47,7 @@ int main() {
 }
 """
 PARTS = ("barrier", "exchange", "products", "weights", "sums", "cells")
-PLAN = ("programs", "units", "rows", "shared", "exchange_bytes", *PARTS)
+TILING = ("programs", "units", "rows", "shared", "exchange_bytes", *PARTS)
 
 
 def nvcc() -> str | None:
@@ -86,7 +86,7 @@ def read_report(report: str) -> list[dict[str, Any]]:
 
 
 def describe(symbol: str) -> dict[str, Any]:
-    """What a kernel's mangled name says: gk::lstm_walk_bwd_kernel<Bfloat16, 1, false, true> and the like."""
+    """What a kernel's mangled name says: gk::lstm_recurrence_bwd_kernel<Bfloat16, 1, false, true> and the like."""
     name = re.search(r"\d+(lstm_\w+?_kernel)", symbol)[1]
     dtype = re.search(r"(Bfloat16|Half)E", symbol)
     flags = re.findall(r"Lb([01])E", symbol)
@@ -100,15 +100,15 @@ def describe(symbol: str) -> dict[str, Any]:
     }
 
 
-def plans(questions: list[tuple[int, int, bool, tuple[int, int]]]) -> list[dict[str, int]]:
-    """What the launcher would plan for each (B, H, backward, (multiprocessors, shared bytes)), and the predicted cycles."""
+def tilings(questions: list[tuple[int, int, bool, tuple[int, int]]]) -> list[dict[str, int]]:
+    """What the launcher would tiling for each (B, H, backward, (multiprocessors, shared bytes)), and the predicted cycles."""
     with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/planner"
+        program = f"{folder}/chooser"
         command = ["g++", "-std=c++20", "-x", "c++", f"-I{ROOT / 'csrc' / 'cuda'}", "-", "-o", program]
-        subprocess.run(command, input=PLANNER, text=True, check=True)
+        subprocess.run(command, input=CHOOSER, text=True, check=True)
         asked = "".join(f"{B} {H} {int(backward)} {sms} {shared}\n" for B, H, backward, (sms, shared) in questions)
         answers = subprocess.run([program], input=asked, capture_output=True, text=True, check=True).stdout
-    return [dict(zip(PLAN, map(int, line.split()), strict=True)) for line in answers.splitlines()]
+    return [dict(zip(TILING, map(int, line.split()), strict=True)) for line in answers.splitlines()]
 
 
 def kernel_table(lines: list[dict[str, Any]]) -> list[str]:
@@ -127,30 +127,30 @@ def kernel_table(lines: list[dict[str, Any]]) -> list[str]:
 def largest_table() -> list[str]:
     """The largest H that fits, forward and backward, for each device and batch."""
     batches, sizes = (1, 8, 16, 32, 64, 128), range(136, 2400, 8)
-    walks = (False, True)
-    questions = [(B, H, backward, size) for size in DEVICES.values() for B in batches for H in sizes for backward in walks]
-    fits = {question: plan["programs"] > 0 for question, plan in zip(questions, plans(questions), strict=True)}
+    recurrences = (False, True)
+    questions = [(B, H, backward, size) for size in DEVICES.values() for B in batches for H in sizes for backward in recurrences]
+    fits = {question: tiling["programs"] > 0 for question, tiling in zip(questions, tilings(questions), strict=True)}
     table = [f"| device | {' | '.join(f'B = {B}' for B in batches)} |", "|" + "---|" * (1 + len(batches))]
     for name, device in DEVICES.items():
-        largest = [[max((H for H in sizes if fits[B, H, way, device]), default=128) for way in walks] for B in batches]
+        largest = [[max((H for H in sizes if fits[B, H, way, device]), default=128) for way in recurrences] for B in batches]
         table.append(f"| {name} | {' | '.join(f'{forward} / {backward}' for forward, backward in largest)} |")
     return table
 
 
 def time_table() -> list[str]:
-    """Plan and predicted time of each size in SIZES on an H100 SXM."""
+    """Tiling and predicted time of each size in SIZES on an H100 SXM."""
     device = DEVICES["H100 SXM, H200"]
     questions = [(B, H, backward, device) for B, _, H in SIZES for backward in (False, True)]
     header = "| B, T, H | pass | blocks | tile | smem | L2 |"
     table = [f"{header} {' | '.join(PARTS)} | us | ms |", "|" + "---|" * (8 + len(PARTS))]
-    for k, plan in enumerate(plans(questions)):
-        (B, T, H), walk = SIZES[k // 2], ("forward", "backward")[k % 2]
-        cycles = sum(plan[part] for part in PARTS)
-        l2_bytes = 0 if H <= 128 else plan["exchange_bytes"]
-        shape = f"| {(B, T, H)} | {walk} | {plan['programs']} | {plan['units']} x {plan['rows']}"
-        parts = " | ".join(str(plan[part]) for part in PARTS)
+    for k, tiling in enumerate(tilings(questions)):
+        (B, T, H), recurrence = SIZES[k // 2], ("forward", "backward")[k % 2]
+        cycles = sum(tiling[part] for part in PARTS)
+        l2_bytes = 0 if H <= 128 else tiling["exchange_bytes"]
+        shape = f"| {(B, T, H)} | {recurrence} | {tiling['programs']} | {tiling['units']} x {tiling['rows']}"
+        parts = " | ".join(str(tiling[part]) for part in PARTS)
         step = cycles / GIGAHERTZ / 1000
-        table.append(f"{shape} | {plan['shared']} | {l2_bytes} | {parts} | {step:.2f} | {T * step / 1000:.2f} |")
+        table.append(f"{shape} | {tiling['shared']} | {l2_bytes} | {parts} | {step:.2f} | {T * step / 1000:.2f} |")
     return table
 
 
@@ -159,12 +159,12 @@ def at_once_table() -> list[str]:
     (sms, shared), sizes = DEVICES["H100 SXM, H200"], [*SIZES[:-1], (64, 256, 200), (64, 256, 256)]
     cases = [(size, backward) for size in sizes for backward in (False, True)]
     parts = ((sms, shared), (sms // 2, shared))
-    found = plans([(B, H, backward, part) for (B, _, H), backward in cases for part in parts])
+    found = tilings([(B, H, backward, part) for (B, _, H), backward in cases for part in parts])
     table = ["| (B, H) | pass | alone, blocks | alone, us | half, blocks | half, us | two directions | two layers, 8 chunks |"]
     table.append("|" + "---|" * 8)
     for k, ((B, _, H), backward) in enumerate(cases):
         alone, half = found[2 * k : 2 * k + 2]
-        us = [sum(plan[part] for part in PARTS) / GIGAHERTZ / 1000 for plan in (alone, half)]
+        us = [sum(tiling[part] for part in PARTS) / GIGAHERTZ / 1000 for tiling in (alone, half)]
         gain = f"{2 * us[0] / us[1]:.2f} | {2 * us[0] / us[1] * 8 / 9:.2f}" if half["programs"] else "- | -"
         blocks = f"{alone['programs']} | {us[0]:.2f} | {half['programs'] or '-'} | {us[1]:.2f}"
         table.append(f"| {(B, H)} | {('forward', 'backward')[backward]} | {blocks} | {gain} |")

@@ -4,7 +4,7 @@ On CPU tensors, the device's part replaced by nothing: Triton's driver by one th
 driver's launch function by one that returns. So what is timed is everything before that, for
   python   the op's Python function and Triton's `kernel[grid](...)`, up to its launcher, which is not in the figure: it
            reads the arguments again and calls the driver
-  plan     the same call repeated by csrc/launch_cache.cpp, up to the driver's function
+  captured launches     the same call repeated by csrc/launch_cache.cpp, up to the driver's function
   PyTorch  the same op of PyTorch's on the CPU, which computes; and, at no rows, which only dispatches and allocates
 All three are called through torch.ops. What is missing everywhere: the driver's own time, and what allocation costs on a GPU.
 """
@@ -27,7 +27,7 @@ from benchmarks import harness
 from gradkernels.library import _C
 from gradkernels.telemetry import NUM_CELLS
 from gradkernels.triton import KERNELS
-from gradkernels.triton import launch_cache as plans
+from gradkernels.triton import launch_cache as cache
 
 SHAPE = (8, 64)
 DTYPE = torch.bfloat16
@@ -41,7 +41,7 @@ class NoDriver:
 
     def __init__(self) -> None:
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": plans.LARGEST_SHARED},
+            get_device_properties=lambda device: {"max_shared_mem": cache.LARGEST_SHARED},
             load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),
             unload_module=lambda module: None,
         )
@@ -68,15 +68,15 @@ def launch_nothing(folder: Path) -> int:
 
 
 def define_ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """({op: by its Python function}, {op: by plans}) at the CPU's key, in namespaces of their own."""
+    """({op: by its Python function}, {op: by captured launches}) at the CPU's key, in namespaces of their own."""
     both = []
-    for namespace, use_plans in ((f"{NAMESPACE}_python", False), (f"{NAMESPACE}_plan", True)):
+    for namespace, use_launch_cache in ((f"{NAMESPACE}_python", False), (f"{NAMESPACE}_plan", True)):
         library, ops = torch.library.Library(namespace, "DEF"), {}
         KEPT.append(library)
         for op, kernel in KERNELS.items():
             library.define(str(getattr(torch.ops.gradkernels, op).default._schema).removeprefix("gradkernels::"))
-            if use_plans:
-                _C.implement(f"{namespace}::{op}", "CPU", kernel, plans.watch)
+            if use_launch_cache:
+                _C.implement(f"{namespace}::{op}", "CPU", kernel, cache.capture)
             else:
                 library.impl(op, kernel, "CPU")
             ops[op] = getattr(getattr(torch.ops, namespace), op).default
@@ -87,7 +87,7 @@ def define_ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
 KEPT: list[torch.library.Library] = []
 
 
-def calls_of(python: dict[str, Callable], plan: dict[str, Callable]) -> Iterator[tuple[str, str, Calls]]:
+def calls_of(python: dict[str, Callable], captured: dict[str, Callable]) -> Iterator[tuple[str, str, Calls]]:
     """(op, direction, {implementation: call}); ours with telemetry in the backward, which eager has not."""
     x, dy, weight, bias = (torch.randn(sizes, dtype=DTYPE) for sizes in (SHAPE, SHAPE, SHAPE[1:], SHAPE[1:]))
     table = lambda ports: torch.zeros(ports, NUM_CELLS, 8, dtype=torch.float64)  # noqa: E731
@@ -97,7 +97,7 @@ def calls_of(python: dict[str, Callable], plan: dict[str, Callable]) -> Iterator
             "PyTorch": eager(SHAPE[0]),
             "PyTorch, no rows": eager(0),
             "python": lambda index: python[op](*args),
-            "plan": lambda index: plan[op](*args),
+            "captured launches": lambda index: captured[op](*args),
         }
 
     def eager_layer_norm(rows: int) -> Callable:
@@ -135,16 +135,16 @@ def lines() -> Iterator[dict]:
                 "microseconds": harness.quantiles([1e6 * value for value in seconds]),
                 "triton": triton.__version__,
             }
-        replays = _C.plans_of(f"{NAMESPACE}_plan::{op}_{'fwd' if direction == 'forward' else 'bwd'}")["replays"]
+        replays = _C.caches_of(f"{NAMESPACE}_plan::{op}_{'fwd' if direction == 'forward' else 'bwd'}")["replays"]
         if replays == 0:
-            raise RuntimeError(f"launch_cost: no plan of {op}, {direction}: its figure is the Python function's")
+            raise RuntimeError(f"launch_cost: no captured launches of {op}, {direction}: its figure is the Python function's")
 
 
 def main() -> None:
     """Prints a line a figure and writes benchmarks/results/<device>.jsonl."""
     triton.runtime.driver.set_active(NoDriver())
     found = []
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(plans, "can_launch", return_value=True):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(cache, "can_launch", return_value=True):
         _C.set_launch_function(launch_nothing(Path(folder)))
         for line in lines():
             figures = line["microseconds"]

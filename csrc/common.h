@@ -78,7 +78,7 @@ inline Tensor dense(const Tensor& t) {
   return at::empty_like(t).copy_(t);
 }
 
-// `t` with the strides of the dense tensor `model`, so that both can be walked as flat arrays.
+// `t` with the strides of the dense tensor `model`, so that both can be read as flat arrays.
 inline Tensor laid_out_as(const Tensor& model, const Tensor& t) {
   if (t.strides() == model.strides()) return t;
   const OneThreadInForkedChild guard;

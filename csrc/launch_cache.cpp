@@ -1,4 +1,4 @@
-// Launch plans: see launch_cache.h. Nothing here needs CUDA: a launch is a call of the driver's function by its address,
+// Launch cache: see launch_cache.h. Nothing here needs CUDA: a launch is a call of the driver's function by its address,
 // streams and devices are reached through c10's guards, memory through PyTorch's dispatcher.
 #include "launch_cache.h"
 
@@ -21,15 +21,15 @@ size_t HashKey::operator()(Key key) const {
   return hash;
 }
 
-std::shared_ptr<const Plan> Plans::find(Key key) const {
+std::shared_ptr<const CapturedLaunches> LaunchCache::find(Key key) const {
   std::shared_lock lock(mutex_);
   const auto found = table_.find(key);
-  return found == table_.end() ? nullptr : found->second.plan;
+  return found == table_.end() ? nullptr : found->second.captured;
 }
 
-// The entry of `key`, under the lock. Where the table is full it is moved to `full`, to die after the lock: a plan's end takes
+// The entry of `key`, under the lock. Where the table is full it is moved to `full`, to die after the lock: a captured launches's end takes
 // the GIL, which must not be waited for while holding a lock that a thread with the GIL may be waiting for.
-Plans::Entry& Plans::entry(Key key, Table& full) {
+LaunchCache::Entry& LaunchCache::entry(Key key, Table& full) {
   auto found = table_.find(key);
   if (found == table_.end()) {
     if (table_.size() >= MAX_KINDS || launches_ >= MAX_LAUNCHES) {
@@ -41,37 +41,37 @@ Plans::Entry& Plans::entry(Key key, Table& full) {
   return found->second;
 }
 
-bool Plans::should_watch(Key key) {
+bool LaunchCache::should_capture(Key key) {
   Table full;
   std::unique_lock lock(mutex_);
   Entry& here = entry(key, full);
-  const bool result = !here.watched && ++here.calls > 1;
+  const bool result = !here.captured && ++here.calls > 1;
   lock.unlock();
   return result;
 }
 
-void Plans::keep(Key key, std::shared_ptr<const Plan> plan) {
+void LaunchCache::keep(Key key, std::shared_ptr<const CapturedLaunches> captured) {
   Table full;
   std::unique_lock lock(mutex_);
   Entry& here = entry(key, full);
-  here.watched = true;
-  if (plan) launches_ += plan->launches.size();
-  here.plan.swap(plan);
+  here.captured = true;
+  if (captured) launches_ += captured->launches.size();
+  here.captured.swap(captured);
   lock.unlock();
 }
 
-std::pair<size_t, size_t> Plans::size() const {
+std::pair<size_t, size_t> LaunchCache::size() const {
   std::shared_lock lock(mutex_);
-  size_t plans = 0;
-  for (const auto& [key, entry] : table_) plans += entry.plan != nullptr;
-  return {table_.size(), plans};
+  size_t cache = 0;
+  for (const auto& [key, entry] : table_) cache += entry.captured != nullptr;
+  return {table_.size(), cache};
 }
 
 namespace {
 
 std::atomic<LaunchFunction> launch_function = nullptr;
 
-// A call as plans see it. `key` holds everything that allocations, kernels and their parameters can depend on: of tensors
+// A call as captured launches see it. `key` holds everything that allocations, kernels and their parameters can depend on: of tensors
 // dtype, device, sizes, strides, and what Triton specialises kernels on (the address modulo 16, and for AMD whether the storage
 // is within 2 GB); which arguments share a storage, since then a pointer does not say whose it is; all other values.
 struct Call {
@@ -79,7 +79,7 @@ struct Call {
   c10::SmallVector<char*, 16> starts;  // of the tensors, by position of the argument
   const Tensor* first = nullptr;
 
-  // False for arguments that no plan can be made of.
+  // False for arguments that no captured launches can be made of.
   bool read(c10::ArrayRef<c10::IValue> arguments);
   Key words() const { return {key.data(), key.size()}; }
 
@@ -133,24 +133,24 @@ bool Call::read(const Tensor& t, c10::ArrayRef<c10::IValue> before) {
   return true;
 }
 
-// The stream that work on the device goes to now. The CPU, on which tests replay plans, has none.
+// The stream that work on the device goes to now. The CPU, on which tests replay captured launches, has none.
 void* stream_of(const c10::Device& device) {
   return device.is_cpu() ? nullptr : c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Does what the plan says. False, with nothing launched, where memory came without the alignment kernels were compiled for.
-bool replay(const Plan& plan, Call& call, const std::string& op, std::vector<Tensor>& outputs) {
+// Does what the captured launches says. False, with nothing launched, where memory came without the alignment kernels were compiled for.
+bool replay(const CapturedLaunches& captured, Call& call, const std::string& op, std::vector<Tensor>& outputs) {
   const c10::Device device = call.first->device();
   const c10::DeviceGuard guard(device);
   c10::SmallVector<Tensor, 8> allocations;
-  for (const auto& [sizes, strides, dtype] : plan.allocations) {
+  for (const auto& [sizes, strides, dtype] : captured.allocations) {
     allocations.push_back(at::empty_strided(sizes, strides, at::TensorOptions().dtype(dtype).device(device)));
     call.starts.push_back(static_cast<char*>(allocations.back().data_ptr()));
     if (reinterpret_cast<uintptr_t>(call.starts.back()) % 16) return false;
   }
-  void* const stream = plan.launches.empty() ? nullptr : stream_of(device);
+  void* const stream = captured.launches.empty() ? nullptr : stream_of(device);
   const LaunchFunction function = launch_function.load(std::memory_order_relaxed);
-  for (const Launch& launch : plan.launches) {
+  for (const Launch& launch : captured.launches) {
     c10::SmallVector<uint64_t, 32> values;
     c10::SmallVector<void*, 32> pointers;
     for (const auto& [tensor, value] : launch.parameters)
@@ -161,7 +161,7 @@ bool replay(const Plan& plan, Call& call, const std::string& op, std::vector<Ten
         function(launch.function, x, y, z, launch.threads, 1, 1, launch.shared_bytes, stream, pointers.data(), nullptr);
     TORCH_CHECK(code == 0, op, ": launching ", launch.kernel, " failed with the driver's error ", code);
   }
-  for (const size_t index : plan.outputs) outputs.push_back(allocations[index]);
+  for (const size_t index : captured.outputs) outputs.push_back(allocations[index]);
   return true;
 }
 
@@ -174,39 +174,39 @@ std::shared_ptr<PyObject> own(py::object object) {
           }};
 }
 
-// The plan that gradkernels/triton/launch_cache.py describes.
-std::shared_ptr<const Plan> plan_from(const py::tuple& description, size_t num_arguments) {
-  auto plan = std::make_shared<Plan>();
+// The captured launches that gradkernels/triton/launch_cache.py describes.
+std::shared_ptr<const CapturedLaunches> launches_from(const py::tuple& description, size_t num_arguments) {
+  auto captured = std::make_shared<CapturedLaunches>();
   using Parameters = std::vector<std::pair<int64_t, uint64_t>>;
   using Row = std::tuple<std::string, uint64_t, std::array<unsigned, 3>, unsigned, unsigned, Parameters>;
   for (auto& [sizes, strides, dtype] :
        description[0].cast<std::vector<std::tuple<std::vector<int64_t>, std::vector<int64_t>, at::ScalarType>>>())
-    plan->allocations.push_back({std::move(sizes), std::move(strides), dtype});
-  const int64_t num_tensors = static_cast<int64_t>(num_arguments + plan->allocations.size());
+    captured->allocations.push_back({std::move(sizes), std::move(strides), dtype});
+  const int64_t num_tensors = static_cast<int64_t>(num_arguments + captured->allocations.size());
   for (auto& [kernel, function, grid, threads, shared_bytes, parameters] : description[1].cast<std::vector<Row>>()) {
     Launch launch{std::move(kernel), reinterpret_cast<void*>(function), grid, threads, shared_bytes, {}};
     for (const auto& [tensor, value] : parameters) {
       TORCH_INTERNAL_ASSERT(tensor >= Parameter::LITERAL && tensor < num_tensors);
       launch.parameters.push_back({tensor, value});
     }
-    plan->launches.push_back(std::move(launch));
+    captured->launches.push_back(std::move(launch));
   }
-  plan->outputs = description[2].cast<std::vector<size_t>>();
-  for (const size_t index : plan->outputs) TORCH_INTERNAL_ASSERT(index < plan->allocations.size());
-  TORCH_INTERNAL_ASSERT(plan->launches.empty() || launch_function.load());
-  plan->kernels = own(description[3]);
-  return plan;
+  captured->outputs = description[2].cast<std::vector<size_t>>();
+  for (const size_t index : captured->outputs) TORCH_INTERNAL_ASSERT(index < captured->allocations.size());
+  TORCH_INTERNAL_ASSERT(captured->launches.empty() || launch_function.load());
+  captured->kernels = own(description[3]);
+  return captured;
 }
 
 // A thread's first launch is Triton's: its launcher sees to it that the thread has the device's context, which takes calls of
 // the driver's that PyTorch does not offer.
 thread_local bool has_context = false;
 
-// The kernel of an op at a device's key: replays the plan of the call, or calls the Python function `python`.
-class PlannedOp : public c10::OperatorKernel {
+// The kernel of an op at a device's key: replays the captured launches of the call, or calls the Python function `python`.
+class CachedOp : public c10::OperatorKernel {
  public:
-  PlannedOp(std::string name, py::object python, py::object watch, std::shared_ptr<Plans> plans)
-      : name_(std::move(name)), python_(own(std::move(python))), watch_(own(std::move(watch))), plans_(std::move(plans)) {}
+  CachedOp(std::string name, py::object python, py::object capture, std::shared_ptr<LaunchCache> cache)
+      : name_(std::move(name)), python_(own(std::move(python))), watch_(own(std::move(capture))), caches_(std::move(cache)) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
     const size_t num_arguments = op.schema().arguments().size();
@@ -214,30 +214,30 @@ class PlannedOp : public c10::OperatorKernel {
     // Under a dispatch mode, torch.compile's for one, the mode must see the allocations and launches.
     Call call;
     if (c10::impl::TorchDispatchModeTLS::stack_len() > 0 || !call.read(arguments)) return run_python(op, stack, nullptr);
-    const auto plan = plans_->find(call.words());
-    if (plan && (has_context || plan->launches.empty())) {
+    const auto captured = caches_->find(call.words());
+    if (captured && (has_context || captured->launches.empty())) {
       std::vector<Tensor> outputs;
-      if (replay(*plan, call, name_, outputs)) {
-        plans_->replays.fetch_add(1, std::memory_order_relaxed);
+      if (replay(*captured, call, name_, outputs)) {
+        caches_->replays.fetch_add(1, std::memory_order_relaxed);
         torch::jit::drop(*stack, num_arguments);
         for (Tensor& output : outputs) stack->emplace_back(std::move(output));
         return;
       }
     }
-    run_python(op, stack, !plan && plans_->should_watch(call.words()) ? &call : nullptr);
-    if (plan && !plan->launches.empty()) has_context = true;
+    run_python(op, stack, !captured && caches_->should_capture(call.words()) ? &call : nullptr);
+    if (captured && !captured->launches.empty()) has_context = true;
   }
 
  private:
-  // Calls the function; through `watch_`, which says what it did, where a plan is to be made for `watched`.
-  void run_python(const c10::OperatorHandle& op, torch::jit::Stack* stack, const Call* watched) {
+  // Calls the function; through `watch_`, which says what it did, where a captured launches is to be made for `captured`.
+  void run_python(const c10::OperatorHandle& op, torch::jit::Stack* stack, const Call* captured) {
     const auto& schema = op.schema();
     auto arguments = torch::jit::pop(*stack, schema.arguments().size());
-    std::shared_ptr<const Plan> plan;
+    std::shared_ptr<const CapturedLaunches> captured;
     {
       py::gil_scoped_acquire gil;
       py::list values;
-      if (watched) values.append(py::handle(python_.get()));
+      if (captured) values.append(py::handle(python_.get()));
       for (size_t position = 0; position < arguments.size(); ++position) {
         const bool is_dtype = schema.arguments()[position].real_type()->kind() == c10::TypeKind::ScalarTypeType;
         if (is_dtype && arguments[position].isInt())
@@ -246,20 +246,20 @@ class PlannedOp : public c10::OperatorKernel {
           values.append(torch::jit::toPyObject(std::move(arguments[position])));
       }
       auto result = py::reinterpret_steal<py::object>(
-          PyObject_CallObject(watched ? watch_.get() : python_.get(), py::tuple(values).ptr()));
+          PyObject_CallObject(captured ? watch_.get() : python_.get(), py::tuple(values).ptr()));
       if (!result) {
         python_error error;
         error.persist();
         throw error;
       }
-      if (watched) {
+      if (captured) {
         const auto pair = result.cast<py::tuple>();
         result = pair[0];
-        if (!pair[1].is_none()) plan = plan_from(pair[1], schema.arguments().size());
+        if (!pair[1].is_none()) captured = launches_from(pair[1], schema.arguments().size());
       }
       push(schema, result, stack);
     }
-    if (watched) plans_->keep(watched->words(), std::move(plan));
+    if (captured) caches_->keep(captured->words(), std::move(captured));
   }
 
   static void push(const c10::FunctionSchema& schema, const py::object& result, torch::jit::Stack* stack) {
@@ -276,41 +276,41 @@ class PlannedOp : public c10::OperatorKernel {
 
   const std::string name_;
   const std::shared_ptr<PyObject> python_, watch_;
-  const std::shared_ptr<Plans> plans_;
+  const std::shared_ptr<LaunchCache> caches_;
 };
 
 // Both live as long as the process: the dispatcher may outlive every owner that could be thought of.
 struct Registered {
   std::vector<torch::Library> libraries;
-  std::unordered_map<std::string, std::shared_ptr<Plans>> plans;
+  std::unordered_map<std::string, std::shared_ptr<LaunchCache>> cache;
 };
 Registered& registered() {
   static auto* const all = new Registered();
   return *all;
 }
 
-void implement(const std::string& name, const std::string& key, py::object python, py::object watch) {
+void implement(const std::string& name, const std::string& key, py::object python, py::object capture) {
   const auto separator = name.find("::");
-  const auto plans = registered().plans[name] = std::make_shared<Plans>();
+  const auto cache = registered().cache[name] = std::make_shared<LaunchCache>();
   auto& library = registered().libraries.emplace_back(torch::Library::IMPL, name.substr(0, separator),
                                                       c10::parseDispatchKey(key), __FILE__, __LINE__);
-  auto op = std::make_unique<PlannedOp>(name, std::move(python), std::move(watch), plans);
+  auto op = std::make_unique<CachedOp>(name, std::move(python), std::move(capture), cache);
   library.impl(name.substr(separator + 2).c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(op)));
 }
 
 }  // namespace
 
-void bind_plans(py::module_& m) {
+void bind_launch_cache(py::module_& m) {
   m.def("implement", &implement, py::arg("name"), py::arg("key"), py::arg("python"), py::arg("watch"));
   m.def("set_launch_function", [](uint64_t address) { launch_function = reinterpret_cast<LaunchFunction>(address); });
   m.def("stream_of", [](const c10::Device& device) { return reinterpret_cast<uint64_t>(stream_of(device)); });
-  m.def("plans_of", [](const std::string& name) {
-    const Plans& plans = *registered().plans.at(name);
-    const auto [kinds, planned] = plans.size();
+  m.def("caches_of", [](const std::string& name) {
+    const LaunchCache& cache = *registered().cache.at(name);
+    const auto [kinds, planned] = cache.size();
     py::dict counts;
     counts["kinds"] = kinds;
-    counts["plans"] = planned;
-    counts["replays"] = plans.replays.load();
+    counts["captured launches"] = planned;
+    counts["replays"] = cache.replays.load();
     return counts;
   });
 }

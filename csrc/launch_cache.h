@@ -1,6 +1,6 @@
-// Launch plans: an op whose kernels are launched from Python costs tens of microseconds of host time a call, and the GIL. What
+// Launch cache: an op whose kernels are launched from Python costs tens of microseconds of host time a call, and the GIL. What
 // such a call does, though, follows from its arguments' shapes alone: some allocations, some launches, some outputs. So the
-// second call of a kind is watched, and from the third on C++ does the same without Python.
+// second call of a signature is captured, and from the third on C++ does the same without Python.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -43,15 +43,15 @@ struct Allocation {
   at::ScalarType dtype;
 };
 
-// What one kind of call does, in this order. `kernels` keeps the code that `launches` point to.
-struct Plan {
+// What one call signature does, in this order. `kernels` keeps the code that `launches` point to.
+struct CapturedLaunches {
   std::vector<Allocation> allocations;
   std::vector<Launch> launches;
   std::vector<size_t> outputs;  // allocations
   std::shared_ptr<PyObject> kernels;
 };
 
-// The kind of a call, in words. No two kinds have the same: see Call in launch_cache.cpp.
+// The signature of a call, in words. No two signatures have the same: see Call in launch_cache.cpp.
 using Key = std::span<const uint64_t>;
 struct HashKey {
   using is_transparent = void;
@@ -62,24 +62,24 @@ struct EqualKey {
   bool operator()(Key a, Key b) const { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 };
 
-// The plans of one op. Bounded: where shapes never repeat, the table starts again once it is full of kinds or of launches (a
-// walk through time has as many as steps, of some 500 bytes each).
-class Plans {
+// The captured launches of one op. Bounded: where shapes never repeat, the table starts again once it is full of kinds or of launches (a
+// time loop has as many as steps, of some 500 bytes each).
+class LaunchCache {
  public:
   static constexpr size_t MAX_KINDS = 1024, MAX_LAUNCHES = 1 << 16;
-  std::shared_ptr<const Plan> find(Key key) const;
-  // Counts a call that has no plan; true if it should be watched.
-  bool should_watch(Key key);
-  // Keeps what was seen; no plan says that this kind never has one.
-  void keep(Key key, std::shared_ptr<const Plan> plan);
-  std::pair<size_t, size_t> size() const;  // kinds seen, and how many of them have plans
+  std::shared_ptr<const CapturedLaunches> find(Key key) const;
+  // Counts a call that has no captured launches; true if it should be captured.
+  bool should_capture(Key key);
+  // Keeps what was seen; no captured launches says that this signature never has one.
+  void keep(Key key, std::shared_ptr<const CapturedLaunches> captured);
+  std::pair<size_t, size_t> size() const;  // kinds seen, and how many of them have captured launches
   std::atomic<uint64_t> replays = 0;
 
  private:
   struct Entry {
     int calls = 0;
-    bool watched = false;
-    std::shared_ptr<const Plan> plan;
+    bool captured = false;
+    std::shared_ptr<const CapturedLaunches> captured;
   };
   using Table = std::unordered_map<std::vector<uint64_t>, Entry, HashKey, EqualKey>;
   Entry& entry(Key key, Table& full);
@@ -88,6 +88,6 @@ class Plans {
   size_t launches_ = 0;
 };
 
-void bind_plans(pybind11::module_& m);
+void bind_launch_cache(pybind11::module_& m);
 
 }  // namespace gk

@@ -60,6 +60,6 @@ PYBIND11_MODULE(_C, m) {
     facts["MAX_EXPONENT_DOUBLE"] = gk::MAX_EXPONENT_DOUBLE;
     return facts;
   });
-  gk::bind_plans(m);
+  gk::bind_launch_cache(m);
   gk::bind_probe_hook(m);
 }

@@ -122,19 +122,19 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def implement(name: str, kernel: Callable, watch: Callable, opaque: bool = False) -> None:
+def implement(name: str, kernel: Callable, capture: Callable, opaque: bool = False) -> None:
     """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
 
     Where the extension is built, it repeats calls that it has seen before without calling `kernel`: csrc/launch_cache.h.
-    `watch(kernel, *args)` is called for the second call of a kind, and says what it did.
+    `watch(kernel, *args)` is called for the second call of a signature, and says what it did.
 
     torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
-    does it, so that Inductor plans memory and launches for them as for kernels of its own.
+    does it, so that Inductor captured launches memory and launches for them as for kernels of its own.
     """
     ON_CUDA.append(name)
     op = getattr(torch.ops.gradkernels, name).default
     if _C is not None and not opaque:
-        _C.implement(f"{NAMESPACE}::{name}", "CUDA", kernel, watch)
+        _C.implement(f"{NAMESPACE}::{name}", "CUDA", kernel, capture)
     else:
         LIBRARY.impl(name, kernel, "CUDA")
     if not opaque:

@@ -27,6 +27,6 @@ def fresh_compiler():
 @pytest.fixture(scope="session")
 def body(tmp_path_factory):
     """The body of the CUDA kernels as a library of the host."""
-    from walks_on_host import build
+    from recurrence_on_host import build
 
     return build(tmp_path_factory.mktemp("cuda"))

@@ -1,9 +1,9 @@
-// The walks of csrc/cuda as functions that tests/walks_on_host.py calls through ctypes: planned for a device of the size
+// The recurrences of csrc/cuda as functions that tests/recurrence_on_host.py calls through ctypes: tiled for a device of the size
 // that the test asks for, and run by tests/device_on_host.h.
 #include "device_on_host.h"
 
-#include "../csrc/cuda/lstm_walk_backward.h"
-#include "../csrc/cuda/lstm_walk_forward.h"
+#include "../csrc/cuda/lstm_recurrence_backward.h"
+#include "../csrc/cuda/lstm_recurrence_forward.h"
 
 #include <limits>
 
@@ -11,32 +11,32 @@ using namespace gk;
 
 extern "C" {
 
-// What goes in beside the tensors; tests/walks_on_host.py has the same fields.
+// What goes in beside the tensors; tests/recurrence_on_host.py has the same fields.
 struct Request {
   int64_t T, B, H;
   const int64_t* offsets;
   int32_t reverse, half;                        // half: float16, else bfloat16
-  int32_t sms, shared_bytes;                    // of the device to plan for
-  int32_t M, unit_warps, row_warps, row_tiles;  // a plan by hand; M = 0: the planner's
+  int32_t sms, shared_bytes;                    // of the device to tiling for
+  int32_t M, unit_warps, row_warps, row_tiles;  // a tiling by hand; M = 0: the chooser's
   int32_t seed, dawdling, silent_block, missing_blocks;
   double patience_seconds;
 };
 
-static Plan planned(const Request& request, bool backward) {
+static Tiling tiling_of(const Request& request, bool backward) {
   const Limits device{request.sms, request.shared_bytes};
-  if (request.M == 0) return plan_walk(request.B, request.H, backward, device);
-  Plan p;
+  if (request.M == 0) return choose_tiling(request.B, request.H, backward, device);
+  Tiling p;
   p.M = request.M;
   p.unit_warps = request.unit_warps;
   p.row_warps = request.row_warps;
   p.k_warps = WARPS / (p.unit_warps * p.row_warps);
   p.row_tiles = request.row_tiles;
-  return complete(p, request.B, request.H, backward, device) ? p : Plan{};
+  return complete(p, request.B, request.H, backward, device) ? p : Tiling{};
 }
 
 // (programs, M, local, unit warps, row warps, row tiles, slices, groups, k blocks in shared memory, shared bytes, cycles)
-void plan(const Request* request, int backward, int64_t* result) {
-  const Plan p = planned(*request, backward);
+void tiling(const Request* request, int backward, int64_t* result) {
+  const Tiling p = tiling_of(*request, backward);
   const int64_t values[] = {p.M == 0 ? 0 : p.programs(),
                             p.M,
                             p.local,
@@ -58,15 +58,15 @@ struct Scratch {
   std::vector<uint64_t> flags;
   host::Launch launch;
 
-  Scratch(const Request& request, Walk& walk, bool backward) {
-    const Plan plan = planned(request, backward);
-    walk = {plan, request.T, request.B, request.H, request.offsets, request.reverse != 0, nullptr, nullptr};
-    exchange.resize(plan.local ? 0 : 2 * plan.groups * plan.exchange_words);
-    flags.resize(2 * plan.programs());
-    walk.exchange = exchange.data();
-    walk.flags = flags.data();
-    launch.blocks = plan.programs() - request.missing_blocks;
-    launch.shared_bytes = plan.shared_bytes;
+  Scratch(const Request& request, Recurrence& recurrence, bool backward) {
+    const Tiling tiling = tiling_of(request, backward);
+    recurrence = {tiling, request.T, request.B, request.H, request.offsets, request.reverse != 0, nullptr, nullptr};
+    exchange.resize(tiling.local ? 0 : 2 * tiling.groups * tiling.exchange_words);
+    flags.resize(2 * tiling.programs());
+    recurrence.exchange = exchange.data();
+    recurrence.flags = flags.data();
+    launch.blocks = tiling.programs() - request.missing_blocks;
+    launch.shared_bytes = tiling.shared_bytes;
     launch.seed = request.seed;
     launch.patience_seconds = request.patience_seconds;
     launch.silent_block = request.silent_block;
@@ -76,23 +76,23 @@ struct Scratch {
 
 template <typename T>
 static bool run_forward(Scratch& scratch, const Forward& p) {
-  const Plan& plan = p.walk.plan;
-  if (plan.local) return host::run(scratch.launch, [&] { walk_forward<T, 2, true>(p); });
-  if (plan.M == 2) return host::run(scratch.launch, [&] { walk_forward<T, 2, false>(p); });
-  return host::run(scratch.launch, [&] { walk_forward<T, 4, false>(p); });
+  const Tiling& tiling = p.recurrence.tiling;
+  if (tiling.local) return host::run(scratch.launch, [&] { recurrence_forward<T, 2, true>(p); });
+  if (tiling.M == 2) return host::run(scratch.launch, [&] { recurrence_forward<T, 2, false>(p); });
+  return host::run(scratch.launch, [&] { recurrence_forward<T, 4, false>(p); });
 }
 
 template <typename T, bool TELEMETRY>
 static bool run_backward(Scratch& scratch, const Backward& p) {
-  const Plan& plan = p.walk.plan;
-  if (plan.local) return host::run(scratch.launch, [&] { walk_backward<T, 1, true, TELEMETRY>(p); });
-  if (plan.M == 1) return host::run(scratch.launch, [&] { walk_backward<T, 1, false, TELEMETRY>(p); });
-  return host::run(scratch.launch, [&] { walk_backward<T, 2, false, TELEMETRY>(p); });
+  const Tiling& tiling = p.recurrence.tiling;
+  if (tiling.local) return host::run(scratch.launch, [&] { recurrence_backward<T, 1, true, TELEMETRY>(p); });
+  if (tiling.M == 1) return host::run(scratch.launch, [&] { recurrence_backward<T, 1, false, TELEMETRY>(p); });
+  return host::run(scratch.launch, [&] { recurrence_backward<T, 2, false, TELEMETRY>(p); });
 }
 
 extern "C" {
 
-// 0: done, 1: given up, 2: no plan. rows: of all steps together.
+// 0: done, 1: given up, 2: no tiling. rows: of all steps together.
 int forward(const Request* request, int64_t rows, const uint16_t* weight_hh, const uint16_t* h0, const float* c0, float* gates,
             float* cells, uint16_t* y) {
   const int64_t H = request->H, state = request->B * H;
@@ -101,8 +101,8 @@ int forward(const Request* request, int64_t rows, const uint16_t* weight_hh, con
   const host::Guarded<float> all_gates(gates, rows * 4 * H), all_cells(cells, rows * H);
   const host::Guarded<uint16_t> all_y(y, rows * H);
   Forward p{{}, w, h, c, all_gates, all_cells, all_y};
-  Scratch scratch(*request, p.walk, false);
-  if (p.walk.plan.M == 0) return 2;
+  Scratch scratch(*request, p.recurrence, false);
+  if (p.recurrence.tiling.M == 0) return 2;
   return (request->half ? run_forward<Half> : run_forward<Bfloat16>)(scratch, p) ? 0 : 1;
 }
 
@@ -116,21 +116,21 @@ int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, co
   const host::Guarded<uint16_t> all_dgates(dgates, rows * 4 * H);
   Backward p{{},       w,          all_dy,  c,       all_gates, all_cells,    state_dh,
              state_dc, all_dgates, nullptr, nullptr, nullptr,   resumes != 0, pauses != 0};
-  Scratch scratch(*request, p.walk, true);
-  const Plan& plan = p.walk.plan;
-  if (plan.M == 0) return 2;
-  const host::Guarded<int32_t> passed_on(carry, 2 * plan.groups);
+  Scratch scratch(*request, p.recurrence, true);
+  const Tiling& tiling = p.recurrence.tiling;
+  if (tiling.M == 0) return 2;
+  const host::Guarded<int32_t> passed_on(carry, 2 * tiling.groups);
   p.carry = passed_on;
-  const host::Guarded<double> sums(partials, request->T * plan.programs() * NUM_SUMS);
-  std::vector<int32_t> group_exponents(plan.groups * request->T);
+  const host::Guarded<double> sums(partials, request->T * tiling.programs() * NUM_SUMS);
+  std::vector<int32_t> group_exponents(tiling.groups * request->T);
   p.partials = sums;
-  p.exponents = plan.groups > 1 ? group_exponents.data() : exponents;
+  p.exponents = tiling.groups > 1 ? group_exponents.data() : exponents;
   const bool telemetry = partials != nullptr;
   const auto run = request->half ? (telemetry ? run_backward<Half, true> : run_backward<Half, false>)
                                  : (telemetry ? run_backward<Bfloat16, true> : run_backward<Bfloat16, false>);
   if (!run(scratch, p)) return 1;
-  for (int64_t t = 0; telemetry && plan.groups > 1 && t < request->T; ++t) {
-    for (int program = 0; program < plan.programs(); ++program) align_sums(p, t, program, exponents);
+  for (int64_t t = 0; telemetry && tiling.groups > 1 && t < request->T; ++t) {
+    for (int program = 0; program < tiling.programs(); ++program) align_sums(p, t, program, exponents);
   }
   return 0;
 }

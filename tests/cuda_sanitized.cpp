@@ -1,7 +1,7 @@
-// One case of the walks forward and back as a program of its own, for tests/test_cuda_races.py to build with a sanitizer:
-//   B H half reverse packed misaligned forgotten {M unit_warps row_warps row_tiles} {the same of the walk back} size...
-// M = 0: the planner's. misaligned: W_hh begins two bytes behind what is aligned.
-// It fails where the walk gives up or is not finite, or where the sanitizer finds something.
+// One case of the recurrences forward and back as a program of its own, for tests/test_cuda_races.py to build with a sanitizer:
+//   B H half reverse packed misaligned forgotten {M unit_warps row_warps row_tiles} {the same of the backward recurrence} size...
+// M = 0: the chooser's. misaligned: W_hh begins two bytes behind what is aligned.
+// It fails where the recurrence gives up or is not finite, or where the sanitizer finds something.
 #include "cuda_on_host.cpp"
 
 #include <stdio.h>
@@ -28,7 +28,7 @@ static bool finite(const std::vector<float>& values) {
 
 // 0, or which part went wrong.
 template <typename T>
-static int walk_both_ways(const Request& request, const Request& back, bool misaligned, int64_t rows) {
+static int run_both_passes(const Request& request, const Request& back, bool misaligned, int64_t rows) {
   const int64_t B = request.B, H = request.H;
   std::mt19937 random(1);
   const auto weight = random_values<T>(4 * H * H + 1, 1 / sqrtf(H), random), h0 = random_values<T>(B * H, 0.5f, random);
@@ -42,16 +42,16 @@ static int walk_both_ways(const Request& request, const Request& back, bool misa
   const uint16_t* weight_hh = bits(weight) + misaligned;
   if (forward(&request, rows, weight_hh, bits(h0), c0.data(), gates.data(), cells.data(), bits(y)) != 0) return 1;
   if (!finite(cells) || !finite(gates)) return 2;
-  int64_t planned_back[11];
-  plan(&back, true, planned_back);
-  std::vector<double> partials(request.T * planned_back[0] * NUM_SUMS);
+  int64_t tiling_back[11];
+  tiling(&back, true, tiling_back);
+  std::vector<double> partials(request.T * tiling_back[0] * NUM_SUMS);
   std::vector<int32_t> exponents(request.T);
-  std::vector<int32_t> carry(2 * planned_back[0]);
-  const auto walk_back = [&](bool resumes, bool pauses) {
+  std::vector<int32_t> carry(2 * tiling_back[0]);
+  const auto backward_reference = [&](bool resumes, bool pauses) {
     return backward(&back, rows, weight_hh, bits(dy), c0.data(), gates.data(), cells.data(), dh.data(), dc.data(), bits(dgates),
                     partials.data(), exponents.data(), carry.data(), resumes, pauses) == 0;
   };
-  if (request.offsets ? !walk_back(false, false) : !walk_back(false, true) || !walk_back(true, false)) return 3;
+  if (request.offsets ? !backward_reference(false, false) : !backward_reference(false, true) || !backward_reference(true, false)) return 3;
   return finite(dh) && finite(dc) ? 0 : 4;
 }
 
@@ -85,8 +85,8 @@ int main(int count, char** words) {
   Request back = request;
   plan_by_hand(request, &numbers[7]);
   plan_by_hand(back, &numbers[11]);
-  const auto walk = request.half ? walk_both_ways<Half> : walk_both_ways<Bfloat16>;
-  const int failed = walk(request, back, numbers[5], offsets.back());
-  if (failed) fprintf(stderr, "the walks failed at %d\n", failed);
+  const auto recurrence = request.half ? run_both_passes<Half> : run_both_passes<Bfloat16>;
+  const int failed = recurrence(request, back, numbers[5], offsets.back());
+  if (failed) fprintf(stderr, "the recurrences failed at %d\n", failed);
   return failed;
 }

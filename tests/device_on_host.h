@@ -24,7 +24,7 @@
 #include <vector>
 
 #include "../csrc/cuda/device.h"
-#include "../csrc/cuda/lstm_plan.h"
+#include "../csrc/cuda/lstm_tiling.h"
 #include "fibers_on_host.h"
 
 namespace gk::host {

@@ -1,4 +1,4 @@
-"""What test_lstm_stack.py runs stacks of LSTM layers on: lanes that are no streams, and the walks of csrc/cuda on the host."""
+"""What test_lstm_stack.py runs stacks of LSTM layers on: lanes that are no streams, and the recurrences of csrc/cuda on the host."""
 
 import random
 import sys
@@ -6,7 +6,7 @@ from ctypes import POINTER, byref, c_int64
 
 import numpy as np
 import torch
-import walks_on_host as host
+import recurrence_on_host as host
 
 import gradkernels as gk
 from gradkernels.ops.lstm import Stack, sequential
@@ -78,7 +78,7 @@ def results(run, stack, tensors, grads=None, wanted=None):
 
 
 def both(stack, tensors, drop=None, **more):
-    """`results` of walks at once and of one after the other."""
+    """`results` of concurrent recurrences and of one after the other."""
     at_once = results(concurrent, stack, tensors, **more)
     more["grads"] = at_once[3]
     return at_once, results(lambda *args: sequential(*args, drop), stack, tensors, **more)
@@ -105,10 +105,10 @@ def keep(masks, stack, *args):
 
 
 class OnHost:
-    """The ops of csrc/cuda, whose body runs on the host as in walks_on_host.py: padded walks from the first step on."""
+    """The ops of csrc/cuda, whose body runs on the host as in recurrence_on_host.py: padded recurrences from the first step on."""
 
     def __init__(self, library):
-        self.library, self.walks, self.sms = library, 0, host.H100[0]
+        self.library, self.recurrences, self.sms = library, 0, host.H100[0]
 
     def request(self, rows, B, weight_hh, batch_sizes, reverse, at_once):
         half, sizes = weight_hh.dtype is torch.float16, None
@@ -119,24 +119,24 @@ class OnHost:
             sizes = self.offsets.ctypes.data_as(POINTER(c_int64))
         request = host.Request(T, B, weight_hh.shape[1], sizes, reverse, half, self.sms // at_once, host.H100[1])
         request.seed, request.silent_block, request.patience_seconds = 1, -1, 120.0
-        self.walks += 1
+        self.recurrences += 1
         return byref(request), c_int64(rows)
 
-    def lstm_walk_fwd(self, gates, weight_hh, h0, c0, y, cells, *order):
+    def lstm_recurrence_fwd(self, gates, weight_hh, h0, c0, y, cells, *order):
         tensors = (weight_hh, h0, c0, gates, cells, y)
         assert all(tensor.is_contiguous() for tensor in tensors)
         request = self.request(len(gates), len(h0), weight_hh, *order)
         assert self.library.forward(*request, *map(host.pointer, tensors)) == host.DONE
 
-    def lstm_walk_bwd(self, dy, dh, dc, weight_hh, c0, gates, cells, dgates, partials, exponents, carry, *last):
+    def lstm_recurrence_bwd(self, dy, dh, dc, weight_hh, c0, gates, cells, dgates, partials, exponents, carry, *last):
         tensors = (weight_hh, dy, c0, gates, cells, dh, dc, dgates, partials, exponents, carry)
         assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         request = self.request(len(gates), len(dh), weight_hh, *last[2:])
         assert self.library.backward(*request, *map(host.pointer, tensors), *last[:2]) == host.DONE
 
-    def planned(self, y, weight_hr, H, backward, B, at_once=1):
+    def tiling_of(self, y, weight_hr, H, backward, B, at_once=1):
         if y.dtype not in host.DTYPES or weight_hr is not None:
             return 0, 0
         request = host.Request(B=B, H=H, sms=self.sms // at_once, shared_bytes=host.H100[1])
-        plan = host.plan_of(self.library, request, backward)
-        return plan["programs"], plan["cycles"]
+        tiling = host.tiling_of_request(self.library, request, backward)
+        return tiling["programs"], tiling["cycles"]

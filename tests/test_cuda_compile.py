@@ -36,8 +36,8 @@ def test_kernels_compile_without_spills(source, target):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not there")
-def test_documented_plans_are_the_planner_s():
-    """The tables of docs/lstm_gpu.md say what csrc/cuda/lstm_plan.h plans now."""
+def test_documented_tilings_are_the_chosen_ones():
+    """The tables of docs/lstm_gpu.md say what csrc/cuda/lstm_tiling.h tilings now."""
     page = (ROOT / "docs" / "lstm_gpu.md").read_text()
     for table in (cuda_codegen.largest_table(), cuda_codegen.time_table(), cuda_codegen.at_once_table()):
         assert "\n".join(table) in page

@@ -1,10 +1,10 @@
-"""What the walks of csrc/cuda do at the edges, on the host: beside what is not finite or only zeros, behind the last unit."""
+"""What the recurrences of csrc/cuda do at the edges, on the host: beside what is not finite or only zeros, behind the last unit."""
 
 import math
 
 import pytest
 import torch
-from walks_on_host import (
+from recurrence_on_host import (
     DONE,
     DTYPES,
     Layer,
@@ -12,7 +12,7 @@ from walks_on_host import (
     check_forward,
     gradients,
     norm_of,
-    walk_back,
+    backward_reference,
 )
 
 from gradkernels.ops.lstm_layer import step_forward
@@ -56,7 +56,7 @@ def test_a_group_of_zeros_beside_a_large_one(body):
     """Its sums stay zeros when the others' scale is brought down."""
     layer = Layer(body, 9, 20, [9] * 4)
     check_forward(layer)
-    assert layer.plan(True)["groups"] == 2
+    assert layer.tiling(True)["groups"] == 2
     given = gradients(layer, 1e30, dy=False)
     for tensor in given[1:]:
         tensor[8] = 0
@@ -93,7 +93,7 @@ def test_dh_far_above_dc(body):
     check_forward(layer)
     _, dh_n, dc_n = gradients(layer)
     assert layer.backward(None, dh_n, 0 * dc_n) == DONE
-    dh0 = walk_back(layer)[4]  # float32's 1 - tanh(c)^2 leaves dc few digits
+    dh0 = backward_reference(layer)[4]  # float32's 1 - tanh(c)^2 leaves dc few digits
     assert ((layer.dh - dh0).abs() <= 4 * torch.finfo(torch.float16).eps * dh0.abs().max()).all()
 
 
@@ -103,7 +103,7 @@ def test_one_scale_whoever_is_late(body):
     for seed in range(8):
         layer = Layer(body, 3, 40, [3] * 20, torch.float16, gain=0.1, seed=seed, dawdling=3)
         layer.request.M = layer.request.unit_warps = layer.request.row_warps = layer.request.row_tiles = 1
-        assert layer.plan(True)["programs"] == 3
+        assert layer.tiling(True)["programs"] == 3
         any_states(layer)
         layer.gates.view(-1, 4, 40)[:, 1] *= 0.1
         assert layer.backward(*gradients(layer, dy=False)) == DONE
@@ -115,7 +115,7 @@ def test_one_scale_whoever_is_late(body):
 
 
 def any_states(layer):
-    """Gates and cells that no forward walk has left, so that a large W_hh makes gradients grow."""
+    """Gates and cells that no forward recurrence has left, so that a large W_hh makes gradients grow."""
     layer.gates = 0.3 + 0.4 * torch.rand(len(layer.x), 4 * layer.H)
     layer.cells = torch.randn(len(layer.x), layer.H)
 
@@ -126,7 +126,7 @@ def test_growth(body, dtype):
     layer = Layer(body, 3, 20, [3] * 12, dtype, gain=30.0)
     any_states(layer)
     assert layer.backward(*gradients(layer, dy=False)) == DONE
-    assert walk_back(layer)[1][0].abs().max() > 1e6
+    assert backward_reference(layer)[1][0].abs().max() > 1e6
     assert layer.dh.isfinite().all()
     check_backward(layer)
 
@@ -149,7 +149,7 @@ def dc_alone(body, steps, dtype=torch.bfloat16):
     return layer, layer.gates.view(steps, 3, 4, 20)[:, :, 1]
 
 
-# dtype, power of two of dc_n, whether a dy of 1.5 comes to the second step: exponents in the order of the walk.
+# dtype, power of two of dc_n, whether a dy of 1.5 comes to the second step: exponents in the order of the recurrence.
 EXPONENTS = [
     (torch.bfloat16, 20, False, [0, 0, 0, 0]),
     (torch.bfloat16, -20, False, [0, 0, 0, 0]),
@@ -204,7 +204,7 @@ def test_a_small_dy_beside_smaller_gradients(body):
     dy.zero_()
     dy.view(40, 3, 20)[4] = 1e-39
     assert layer.backward(dy, dh_n, dc_n) == DONE
-    assert 0 < norm_of(walk_back(layer)[3][4]) < 1e-50
+    assert 0 < norm_of(backward_reference(layer)[3][4]) < 1e-50
     check_backward(layer)
 
 

@@ -8,7 +8,7 @@ from ctypes import c_int64
 
 import pytest
 import torch
-from walks_on_host import (
+from recurrence_on_host import (
     DONE,
     DTYPES,
     GIVEN_UP,
@@ -19,9 +19,9 @@ from walks_on_host import (
     check_forward,
     gradients,
     norm_of,
-    plan_of,
+    tiling_of_request,
     pointer,
-    walk_back,
+    backward_reference,
 )
 
 SHAPES = {
@@ -43,16 +43,16 @@ SHAPES = {
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_walks(body, shape, dtype, reverse):
+def test_recurrences(body, shape, dtype, reverse):
     B, H, sizes = SHAPES[shape]
     layer = Layer(body, B, H, sizes, dtype, reverse, packed="packed" in shape)
-    assert layer.plan(False)["local"] == layer.plan(True)["local"] == (H <= 128)
+    assert layer.tiling(False)["local"] == layer.tiling(True)["local"] == (H <= 128)
     check_forward(layer)
     assert layer.backward(*gradients(layer)) == DONE
     check_backward(layer)
 
 
-# (M, unit warps, row warps, row tiles), and a device as large as that takes: what the planner would choose for sizes too large
+# (M, unit warps, row warps, row tiles), and a device as large as that takes: what the chooser would choose for sizes too large
 # for a test. The last number of `device` is large enough for W_hh, or forces part of it out of the registers.
 BY_HAND = {
     "warps over units": (False, (2, 2, 1, 1), 140),
@@ -78,9 +78,9 @@ def test_every_shape_of_a_block(body, shape):
     if backward:
         check_forward(layer)
     layer.request.M, layer.request.unit_warps, layer.request.row_warps, layer.request.row_tiles = by_hand
-    plan = layer.plan(backward)
-    assert plan["groups"] == 2
-    assert (plan["shared_weights"] > 0) == ("beyond" in shape)
+    tiling = layer.tiling(backward)
+    assert tiling["groups"] == 2
+    assert (tiling["shared_weights"] > 0) == ("beyond" in shape)
     if backward:
         assert layer.backward(*gradients(layer)) == DONE
         check_backward(layer)
@@ -118,7 +118,7 @@ def test_vanishing_and_large(body, H, dtype, scale):
     layer.x -= 2.0 if scale < 1 else 0.0
     check_forward(layer)
     assert layer.backward(*gradients(layer, scale, dy=False)) == DONE
-    dhs = walk_back(layer)[1]
+    dhs = backward_reference(layer)[1]
     shrunk = dhs[0].norm() / dhs[-1].norm()
     assert shrunk < 1e-7 if scale < 1 else shrunk > 1e-15
     check_backward(layer)
@@ -134,7 +134,7 @@ def test_two_losses(body, H, dtype):
     dy, dh_n, dc_n = gradients(layer)
     dy.view(20, 3, H)[[*range(4), *range(5, 19)]] = 0
     assert layer.backward(dy, 0 * dh_n, 0 * dc_n) == DONE
-    assert 0 < norm_of(walk_back(layer)[3][4]) < 1e-20
+    assert 0 < norm_of(backward_reference(layer)[3][4]) < 1e-20
     check_backward(layer)
 
 
@@ -156,9 +156,9 @@ def test_groups_far_apart(body):
     layer.x.view(-1, 4, 20)[:, 1] -= 30.0
     layer.x.view(-1, 4, 20)[:, 0] -= 20.0
     check_forward(layer)
-    assert layer.plan(True)["groups"] == 2
+    assert layer.tiling(True)["groups"] == 2
     assert layer.backward(*gradients(layer, dy=False)) == DONE
-    assert 0 < norm_of(walk_back(layer)[1][2]) < 1e-160
+    assert 0 < norm_of(backward_reference(layer)[1][2]) < 1e-160
     check_backward(layer)
 
 
@@ -209,11 +209,11 @@ def test_nobody_waits_for_ever(body, backward, trouble):
     assert time.monotonic() - start < 60
 
 
-def test_plans(body):
+def test_launch_cache(body):
     """What fits: all of H up to 2048 at a small batch on an H100, nothing that is more than the device holds."""
 
     def programs(B, H, device=H100, backward=False):
-        return plan_of(body, Request(B=B, H=H, sms=device[0], shared_bytes=device[1]), backward)["programs"]
+        return tiling_of_request(body, Request(B=B, H=H, sms=device[0], shared_bytes=device[1]), backward)["programs"]
 
     for H in (1, 64, 128, 129, 256, 768, 1024, 1500, 2048):
         for B in (1, 8, 16, 32):

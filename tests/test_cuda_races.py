@@ -1,4 +1,4 @@
-"""The body of the CUDA walks under sanitizers, on the host (tests/device_on_host.h).
+"""The body of the CUDA recurrences under sanitizers, on the host (tests/device_on_host.h).
 
 ThreadSanitizer takes every thread of every block for a thread of its own, and knows nothing but the barriers and flags that
 order them on a device: whatever is written and read without one between is found, whoever happened to come first.
@@ -13,12 +13,12 @@ import pytest
 
 SOURCE = Path(__file__).parent / "cuda_sanitized.cpp"
 COMPILER = shutil.which("g++")
-PLANNED = (0,) * 8
+TILED = (0,) * 8
 
-# B, H, half, reverse, packed, misaligned, plans by hand, rows of each step.
+# B, H, half, reverse, packed, misaligned, tilings by hand, rows of each step.
 CASES = {
-    "one block": (9, 33, 0, 0, 1, 0, PLANNED, (9, 5, 1)),
-    "one block, all registers": (2, 128, 1, 0, 0, 1, PLANNED, (2, 2)),
+    "one block": (9, 33, 0, 0, 1, 0, TILED, (9, 5, 1)),
+    "one block, all registers": (2, 128, 1, 0, 0, 1, TILED, (2, 2)),
     "grid": (10, 26, 1, 1, 1, 0, (2, 1, 1, 1, 1, 1, 1, 1), (10, 9, 1)),
     "beyond the registers": (16, 200, 0, 0, 0, 0, (4, 2, 2, 2, 1, 2, 2, 2), (16, 16)),
 }
@@ -57,7 +57,7 @@ def programs(tmp_path_factory):
 
 
 def run(programs, sanitizer, case, forgotten=NOTHING):
-    """(exit code, what the sanitizer says) of one case of both walks."""
+    """(exit code, what the sanitizer says) of one case of both recurrences."""
     if sanitizer not in programs:
         pytest.skip(f"g++ is not there, or -fsanitize={sanitizer} does not run")
     *numbers, by_hand, sizes = case

@@ -108,21 +108,21 @@ def test_no_recompile_for_another_batch():
     assert run(64) == run(96) == run(1000) == run(3)
 
 
-def test_plans():
-    """From its third call on a kind of call is repeated by C++: the same bits and statistics, on another stream too."""
-    plans_of = pytest.importorskip("gradkernels._C").plans_of
+def test_launch_cache():
+    """From its third call on a call signature is repeated by C++: the same bits and statistics, on another stream too."""
+    caches_of = pytest.importorskip("gradkernels._C").caches_of
     for op in ("gelu", "layer_norm", "add_layer_norm"):
         case = make_case(op, 33, 264)
         inputs, dys = on_gpu(case)
         stats = [gk.new_stats(len(case.ports), "cuda") for _ in range(6)]
-        before = plans_of(f"gradkernels::{op}_bwd")["replays"]
+        before = caches_of(f"gradkernels::{op}_bwd")["replays"]
         runs = [differentiate(partial(case.function, stats=table), inputs, dys) for table in stats[:5]]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             runs.append(differentiate(partial(case.function, stats=stats[5]), inputs, dys))
         torch.cuda.synchronize()
-        assert plans_of(f"gradkernels::{op}_bwd")["replays"] >= before + 3
+        assert caches_of(f"gradkernels::{op}_bwd")["replays"] >= before + 3
         for run, table in zip(runs[1:], stats[1:], strict=True):
             same(run, runs[0])
             assert torch.equal(table, stats[0])

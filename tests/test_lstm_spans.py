@@ -1,11 +1,11 @@
-"""A walk back that is cut into spans of steps, one launch each, on the host: the same bits as in one launch."""
+"""A backward recurrence that is cut into spans of steps, one launch each, on the host: the same bits as in one launch."""
 
 import itertools
 from ctypes import byref, c_int64
 
 import pytest
 import torch
-from walks_on_host import DONE, DTYPES, Layer, Request, check_forward, gradients, pointer
+from recurrence_on_host import DONE, DTYPES, Layer, Request, check_forward, gradients, pointer
 
 CUTS = (0, 1, 8, 9, 30)  # spans of several steps, and of one
 
@@ -13,7 +13,7 @@ CUTS = (0, 1, 8, 9, 30)  # spans of several steps, and of one
 def back_in_spans(layer, dy, dh_n, dc_n):
     """(dgates, dh0, dc0, partials, exponents) of launches for the steps between CUTS."""
     B, H = layer.B, layer.H
-    programs = layer.plan(True)["programs"]
+    programs = layer.tiling(True)["programs"]
     dh, dc, carry = dh_n.clone(), dc_n.clone(), torch.full((programs, 2), -7, dtype=torch.int32)
     dgates, partials = torch.empty_like(layer.dgates), torch.empty_like(layer.partials)
     exponents = torch.empty_like(layer.exponents)

@@ -1,4 +1,4 @@
-"""Layers and directions that walk at once, against one after the other.
+"""Layers and directions that run concurrently, against one after the other.
 
 test_triton.py runs this file in a process of its own, on the interpreted kernels. Lanes are no streams here: their works are
 done in orders drawn by chance among those that the lanes and what each work waits for allow.
@@ -39,14 +39,14 @@ def shuffled():
 
 @pytest.fixture
 def on_host(body):
-    walks, persistent = OnHost(body), "gradkernels.triton.lstm.persistent"
+    recurrences, persistent = OnHost(body), "gradkernels.triton.lstm.persistent"
     with (
-        mock.patch(f"{persistent}.OPS", walks),
-        mock.patch(f"{persistent}.planned", walks.planned),
-        mock.patch(f"{MODULE}.planned", walks.planned),
+        mock.patch(f"{persistent}.OPS", recurrences),
+        mock.patch(f"{persistent}.tiled", recurrences.tiling_of),
+        mock.patch(f"{MODULE}.tiled", recurrences.tiling_of),
         mock.patch(f"{MODULE}.SPAN", 4),
     ):
-        yield walks
+        yield recurrences
 
 
 LAYOUTS = {
@@ -70,7 +70,7 @@ def test_directions(shuffled, on_host, layout):
     shuffled.seed = 1
     check(results(concurrent, stack, tensors, grads=at_once[3]), in_order)
     assert shuffled.depth[0] == 2 * stack.num_layers - 1  # a layer's directions, and what joins them
-    assert (on_host.walks == 0) == ("in steps" in layout)
+    assert (on_host.recurrences == 0) == ("in steps" in layout)
 
 
 @pytest.mark.parametrize("directions", [1, 2])
@@ -113,7 +113,7 @@ FROZEN = {"all but the top": (slice(-8, None), 2), "x and states": (slice(3, Non
 
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_frozen(shuffled, on_host, frozen):
-    """A part below all that wants a gradient neither walks back nor measures."""
+    """A part below all that wants a gradient neither runs backward nor measures."""
     stack, tensors = stack_of(3, 3, 6, 7, measured=True)
     trained, still = tensors[FROZEN[frozen][0]], FROZEN[frozen][1]
     for tensor in tensors:
@@ -171,7 +171,7 @@ def test_weights_of_any_layout(shuffled, on_host, directions):
     stack, tensors = stack_of(8, 3, 6, 7, directions=directions)
     tensors = [t.detach().T.contiguous().T.requires_grad_() if t.dim() == 2 else t for t in tensors]
     outputs, gradients, *_ = results(concurrent, stack, tensors)
-    assert on_host.walks == 8  # two parts in two spans, or four parts, both ways
+    assert on_host.recurrences == 8  # two parts in two spans, or four parts, both ways
     assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
 
@@ -206,7 +206,7 @@ def test_sizes_of_zero(shuffled, on_host, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_batch_sizes_of_any_layout(shuffled, on_host, dtype):
-    """The persistent walks read them by pointer."""
+    """The persistent recurrences read them by pointer."""
     stack, tensors = stack_of(3, 3, 5, 16, sizes=[3, 2, 1], dtype=dtype)
     strided = replace(stack, batch_sizes=torch.tensor([[3, 9], [2, 9], [1, 9]])[:, 0])
     contiguous = results(concurrent, stack, tensors)
@@ -246,20 +246,20 @@ def test_layers_in_spans(shuffled, on_host, dtype, dropout, H):
     stack, tensors = stack_of(T, 9, 5, H, layers, 1, dropout=dropout, dtype=dtype, measured=measured)
     masks = []
     at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
-    assert on_host.walks == 2 * 3 * layers  # both ways, three spans
+    assert on_host.recurrences == 2 * 3 * layers  # both ways, three spans
     again = results(concurrent, stack, tensors, grads=at_once[3]) if not dropout else at_once
     check(at_once, again)
     in_order = results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3])
     for ours, theirs in zip(at_once[:3], in_order[:3], strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
-    works = 2 if dropout else 1  # a span, of the layers above the first: what joins them, and the walk
+    works = 2 if dropout else 1  # a span, of the layers above the first: what joins them, and the recurrence
     assert shuffled.depth[0] == 1 + works * (layers - 1 + 3 - 1)  # spans and layers, not their product
     assert shuffled.depth[1] == layers + 3 - 1 + 1  # and the weights' gradients
 
 
 def test_schedules(on_host):
-    """Layers walk at once where two fit and there are enough steps; directions always, on half of the device if that pays."""
+    """Layers run concurrently where two fit and there are enough steps; directions always, on half of the device if that pays."""
 
     def schedules(T, H, sms=132, **options):
         on_host.sms = sms

@@ -51,22 +51,22 @@ def test_time_stats(layout):
 def test_threads_wait_for_each_other(layout):
     """More threads than cores, so that each is interrupted anywhere: the states and their gradients keep one thread's bits.
 
-    The gradients vanish and are met by others of any size, so that every kind of step is walked.
+    The gradients vanish and are met by others of any size, so that every kind of step occurs.
     """
     inputs, _ = layer_inputs(12, 40, 9, 150, gain=0.3, **({"P": 100} if layout == "projected" else {}))
     dy = torch.zeros(12, 40, inputs[1].shape[1])
     dy[11], dy[3] = 1e-10 * randn(*dy.shape[1:]), 1e20 * randn(*dy.shape[1:])
 
-    def walk(num_threads):
+    def recurrence(num_threads):
         torch.set_num_threads(num_threads)
         y, h_n, c_n, gates, cells = OP.lstm_layer_fwd(*inputs, None, False)
         gradients = OP.lstm_layer_bwd(dy, None, None, *inputs, None, y, gates, cells, False, False, False, None, None)
         return y, h_n, c_n, gates, cells, *gradients[1:3]
 
     with torch.no_grad():
-        alone = walk(1)
+        alone = recurrence(1)
         for _ in range(20):
-            same(walk(8), alone)
+            same(recurrence(8), alone)
 
 
 def test_fork_after_use():

@@ -136,7 +136,7 @@ def test_compiled_graphs_hold_the_kernels(fresh_compiler):
 
 
 def test_compiled_graphs_hold_one_call_of_a_recurrent_layer(fresh_compiler):
-    """A walk through time is no loop in a graph, whatever T is; a cell's launch is seen, as that of other ops."""
+    """A time loop is no loop in a graph, whatever T is; a cell's launch is seen, as that of other ops."""
 
     def both_ways(x, state, weight):
         y, _, _, gates, cells = OP.lstm_layer_fwd(x, state, state, weight, weight, None, None, None, None, False)

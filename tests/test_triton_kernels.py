@@ -90,7 +90,7 @@ def test_residual_with_one_gradient(missing):
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "scalar"])
 def test_layouts(layout):
-    """Inputs and gradients of any strides: walked in place where rows are consecutive, else copied."""
+    """Inputs and gradients of any strides: read in place where rows are consecutive, else copied."""
     x, dy, dtype = randn(6, 10, 33), randn(6, 10, 33), torch.float32
     check_case(gelu_case(lay_out(x, layout), lay_out(dy, layout)))
     check_case(gelu_case(x, lay_out(dy, layout)))

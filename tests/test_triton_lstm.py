@@ -200,14 +200,14 @@ def test_cell(dtype, shape):
 
 @pytest.mark.parametrize("telemetry", [False, True])
 @pytest.mark.parametrize("layout", ["padded", "packed reverse"])
-def test_persistent_walk(layout, telemetry):
-    """A persistent kernel is asked before each walk, and gets the tensors that it takes: 16-bit, without a projection."""
+def test_persistent_recurrence(layout, telemetry):
+    """A persistent kernel is asked before each recurrence, and gets the tensors that it takes: 16-bit, without a projection."""
     inputs, batch_sizes, reverse = inputs_of(5, 4, 3, 19, dtype=torch.bfloat16, **LAYOUTS[layout])
     seen, asked = {}, []
     sizes = None if batch_sizes is None else batch_sizes.tolist()
     rows = 20 if sizes is None else sum(sizes)
 
-    def planned(*args):
+    def tiling_of(*args):
         asked.append(args[2:])
         return 3, 100
 
@@ -222,11 +222,11 @@ def test_persistent_walk(layout, telemetry):
             if t is not None:
                 t.fill_(1)
 
-    ops = SimpleNamespace(lstm_walk_fwd=forward, lstm_walk_bwd=backward)
+    ops = SimpleNamespace(lstm_recurrence_fwd=forward, lstm_recurrence_bwd=backward)
     module = "gradkernels.triton.lstm.persistent"
     time_stats = gk.new_time_stats(5) if telemetry else None
     case = layer_case(inputs, batch_sizes, reverse, time_stats=time_stats)
-    with mock.patch(f"{module}.planned", planned), mock.patch(f"{module}.OPS", ops):
+    with mock.patch(f"{module}.tiled", tiling_of), mock.patch(f"{module}.OPS", ops):
         differentiate(case.function, case.inputs, case.dys)
     gates, weight_hh, h0, c0, y, cells, given, given_reverse, _ = seen["forward"]
     shapes = [tuple(t.shape) for t in (gates, weight_hh, h0, c0, y, cells)]

@@ -1,7 +1,7 @@
 // GELU (Hendrycks and Gimpel 2016), exact and tanh form.
 //   exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
 //   tanh   y = x S(u), S the logistic function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
-// One program owns a contiguous range of elements, walked in blocks of FOLD.
+// One program owns a contiguous range of elements, read in blocks of FOLD.
 #include <cmath>
 
 #include "checks.h"

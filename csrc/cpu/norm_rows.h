@@ -3,7 +3,7 @@
 //   g = dy weight,  dx = rstd (g - sum(g) / N - x_hat sum(g x_hat) / N) [+ dresidual],
 //   dweight = sum_M(dy x_hat),  dbias = sum_M(dy)
 // Included inside namespace gk::GK_ISA after measure.h, once per instruction set; no include guard.
-// One program owns a contiguous range of rows and walks them ROWS at a time, so that the column accumulators are read
+// One program owns a contiguous range of rows and takes them ROWS at a time, so that the column accumulators are read
 // and written once for ROWS rows. weight, bias and the accumulators are float (double for double tensors), and go on behind the
 // last column in whole vectors: see Columns.
 // TX is the dtype of x and dx, TY that of y and dy; they differ only for a float32 residual stream.

@@ -1,5 +1,5 @@
 // The statistics of one gradient that no fused backward holds in registers: one read, nothing written.
-// One program owns a contiguous range of elements, walked in blocks of FOLD.
+// One program owns a contiguous range of elements, read in blocks of FOLD.
 #include "checks.h"
 
 #define GK_SOURCE "probe.cpp"

@@ -1,5 +1,5 @@
 // The fork of a residual connection: backward adds the gradients of the skip and of the branch, dx = dskip + dbranch.
-// One program owns a contiguous range of elements, walked in blocks of FOLD.
+// One program owns a contiguous range of elements, read in blocks of FOLD.
 #include "checks.h"
 
 #define GK_SOURCE "residual.cpp"

@@ -87,7 +87,7 @@ static GK_INLINE void store(T* p, F v) {
   __builtin_memcpy((void*)p, &stored, sizeof(stored));
 }
 
-// Loops walk in pairs of vectors, STEP elements: a 16-bit pair fills one vector register.
+// Loops go in pairs of vectors, STEP elements: a 16-bit pair fills one vector register.
 template <typename A>
 struct Pair {
   Vec<A> a, b;

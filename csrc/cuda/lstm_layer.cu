@@ -1,5 +1,5 @@
-// The walks of one LSTM layer through time on a GPU of sm_80 or later, in one launch each. What a block does at every step is
-// in lstm_walk_forward.h and lstm_walk_backward.h; the products before and after the walk are PyTorch's.
+// The recurrences of one LSTM layer through time on a GPU of sm_80 or later, in one launch each. What a block does at every step is
+// in lstm_recurrence_forward.h and lstm_recurrence_backward.h; the products before and after the recurrence are PyTorch's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "lstm_layer.h"
-#include "lstm_walk_backward.h"
-#include "lstm_walk_forward.h"
+#include "lstm_recurrence_backward.h"
+#include "lstm_recurrence_forward.h"
 
 namespace gk {
 
@@ -20,20 +20,20 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <typename T, int M, bool LOCAL>
-__global__ void __launch_bounds__(THREADS, 1) lstm_walk_fwd_kernel(const __grid_constant__ Forward p) {
-  walk_forward<T, M, LOCAL>(p);
+__global__ void __launch_bounds__(THREADS, 1) lstm_recurrence_fwd_kernel(const __grid_constant__ Forward p) {
+  recurrence_forward<T, M, LOCAL>(p);
 }
 
 template <typename T, int M, bool LOCAL, bool TELEMETRY>
-__global__ void __launch_bounds__(THREADS, 1) lstm_walk_bwd_kernel(const __grid_constant__ Backward p) {
-  walk_backward<T, M, LOCAL, TELEMETRY>(p);
+__global__ void __launch_bounds__(THREADS, 1) lstm_recurrence_bwd_kernel(const __grid_constant__ Backward p) {
+  recurrence_backward<T, M, LOCAL, TELEMETRY>(p);
 }
 
 // One thread a (step, program).
-__global__ void lstm_walk_align_kernel(const __grid_constant__ Backward p, int32_t* exponents) {
+__global__ void lstm_recurrence_align_kernel(const __grid_constant__ Backward p, int32_t* exponents) {
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int programs = p.walk.plan.programs();
-  if (index < p.walk.T * programs) align_sums(p, index / programs, static_cast<int>(index % programs), exponents);
+  const int programs = p.recurrence.tiling.programs();
+  if (index < p.recurrence.T * programs) align_sums(p, index / programs, static_cast<int>(index % programs), exponents);
 }
 
 static void check(cudaError_t error, const char* what) {
@@ -41,20 +41,20 @@ static void check(cudaError_t error, const char* what) {
 }
 
 template <typename T>
-static const void* forward_kernel(const Plan& p) {
-  if (p.local) return reinterpret_cast<const void*>(lstm_walk_fwd_kernel<T, 2, true>);
-  if (p.M == 2) return reinterpret_cast<const void*>(lstm_walk_fwd_kernel<T, 2, false>);
-  return reinterpret_cast<const void*>(lstm_walk_fwd_kernel<T, 4, false>);
+static const void* forward_kernel(const Tiling& p) {
+  if (p.local) return reinterpret_cast<const void*>(lstm_recurrence_fwd_kernel<T, 2, true>);
+  if (p.M == 2) return reinterpret_cast<const void*>(lstm_recurrence_fwd_kernel<T, 2, false>);
+  return reinterpret_cast<const void*>(lstm_recurrence_fwd_kernel<T, 4, false>);
 }
 
 template <typename T, bool TELEMETRY>
-static const void* backward_kernel(const Plan& p) {
-  if (p.local) return reinterpret_cast<const void*>(lstm_walk_bwd_kernel<T, 1, true, TELEMETRY>);
-  if (p.M == 1) return reinterpret_cast<const void*>(lstm_walk_bwd_kernel<T, 1, false, TELEMETRY>);
-  return reinterpret_cast<const void*>(lstm_walk_bwd_kernel<T, 2, false, TELEMETRY>);
+static const void* backward_kernel(const Tiling& p) {
+  if (p.local) return reinterpret_cast<const void*>(lstm_recurrence_bwd_kernel<T, 1, true, TELEMETRY>);
+  if (p.M == 1) return reinterpret_cast<const void*>(lstm_recurrence_bwd_kernel<T, 1, false, TELEMETRY>);
+  return reinterpret_cast<const void*>(lstm_recurrence_bwd_kernel<T, 2, false, TELEMETRY>);
 }
 
-static const void* kernel_of(const Plan& p, bool half, bool backward, bool telemetry) {
+static const void* kernel_of(const Tiling& p, bool half, bool backward, bool telemetry) {
   if (!backward) return half ? forward_kernel<Half>(p) : forward_kernel<Bfloat16>(p);
   if (telemetry) return half ? backward_kernel<Half, true>(p) : backward_kernel<Bfloat16, true>(p);
   return half ? backward_kernel<Half, false>(p) : backward_kernel<Bfloat16, false>(p);
@@ -66,14 +66,14 @@ static int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// How the walk runs on the current device, `device`, as one of `at_once` such walks between which its SMs are divided, or a
-// plan with M = 0 where it does not: the device is too old, W_hh does not fit, or the device itself says that not all blocks
+// How the recurrence runs on the current device, `device`, as one of `at_once` such recurrences between which its SMs are divided, or a
+// tiling with M = 0 where it does not: the device is too old, W_hh does not fit, or the device itself says that not all blocks
 // would be resident at once, which waiting for each other takes.
-static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward, int64_t at_once) {
+static Tiling tiling_on(int device, int64_t B, int64_t H, bool half, bool backward, int64_t at_once) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) return {};
   const Limits limits{attribute(cudaDevAttrMultiProcessorCount, device) / static_cast<int>(at_once),
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
-  const Plan p = plan_walk(B, H, backward, limits);
+  const Tiling p = choose_tiling(B, H, backward, limits);
   if (p.M == 0 || (!p.local && !attribute(cudaDevAttrCooperativeLaunch, device))) return {};
   for (const bool telemetry : {false, true}) {
     const void* kernel = kernel_of(p, half, backward, telemetry);
@@ -86,27 +86,27 @@ static Plan plan_on(int device, int64_t B, int64_t H, bool half, bool backward, 
   return p;
 }
 
-std::array<int64_t, 2> walk_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
+std::array<int64_t, 2> recurrence_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
                                       int64_t at_once) {
-  STD_TORCH_CHECK(dtype == "bfloat16" || dtype == "float16", "walk_on_device: dtype must be bfloat16 or float16, got ", dtype);
-  STD_TORCH_CHECK(at_once > 0, "walk_on_device: at_once must be positive, got ", at_once);
+  STD_TORCH_CHECK(dtype == "bfloat16" || dtype == "float16", "recurrence_on_device: dtype must be bfloat16 or float16, got ", dtype);
+  STD_TORCH_CHECK(at_once > 0, "recurrence_on_device: at_once must be positive, got ", at_once);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Plan p = plan_on(device, B, H, dtype == "float16", backward, at_once);
+  const Tiling p = tiling_on(device, B, H, dtype == "float16", backward, at_once);
   return {p.M == 0 ? 0 : p.programs(), p.cycles};
 }
 
-std::array<int64_t, 4> walk_plan(int64_t B, int64_t H, bool backward, int sms, int shared_bytes) {
-  const Plan p = plan_walk(B, H, backward, {sms, shared_bytes});
+std::array<int64_t, 4> recurrence_tiling(int64_t B, int64_t H, bool backward, int sms, int shared_bytes) {
+  const Tiling p = choose_tiling(B, H, backward, {sms, shared_bytes});
   return {p.M == 0 ? 0 : p.programs(), p.units, p.rows(), p.shared_bytes};
 }
 
 static void check_tensor(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
   bool fits = t.scalar_type() == dtype && t.is_contiguous() && t.dim() == static_cast<int64_t>(shape.size());
   for (size_t k = 0; fits && k < shape.size(); ++k) fits = t.size(static_cast<int64_t>(k)) == shape.begin()[k];
-  STD_TORCH_CHECK(fits, "lstm_walk: ", name, " must be contiguous, of the walk's dtype and shape");
+  STD_TORCH_CHECK(fits, "lstm_recurrence: ", name, " must be contiguous, of the recurrence's dtype and shape");
 }
 
-// What both launches need beside their arguments: the plan, scratch that starts as zeros, the steps' first rows, and the
+// What both launches need beside their arguments: the tiling, scratch that starts as zeros, the steps' first rows, and the
 // stream.
 class Launch {
  public:
@@ -116,37 +116,37 @@ class Launch {
     const ScalarType dtype = weight_hh.scalar_type();
     const int64_t H = weight_hh.size(1), rows = gates.size(0);
     STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "lstm_walk: weight_hh must be bfloat16 or float16");
+                    "lstm_recurrence: weight_hh must be bfloat16 or float16");
     half_ = dtype == ScalarType::Half;
-    STD_TORCH_CHECK(at_once > 0, "lstm_walk: at_once must be positive, got ", at_once);
-    const Plan plan = plan_on(device_, B, H, half_, backward, at_once);
-    STD_TORCH_CHECK(plan.M != 0, "lstm_walk: B = ", B, ", H = ", H, " does not fit this device: ask walk_on_device first");
+    STD_TORCH_CHECK(at_once > 0, "lstm_recurrence: at_once must be positive, got ", at_once);
+    const Tiling tiling = tiling_on(device_, B, H, half_, backward, at_once);
+    STD_TORCH_CHECK(tiling.M != 0, "lstm_recurrence: B = ", B, ", H = ", H, " does not fit this device: ask recurrence_on_device first");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    const int64_t exchange = plan.local ? 0 : int64_t{2} * plan.groups * plan.exchange_words, flags = 2 * plan.programs();
+    const int64_t exchange = tiling.local ? 0 : int64_t{2} * tiling.groups * tiling.exchange_words, flags = 2 * tiling.programs();
     scratch_ = torch::stable::new_empty(gates, {2 * exchange + flags}, ScalarType::Long);
     auto* words = static_cast<Words*>(scratch_.mutable_data_ptr());
     check(cudaMemsetAsync(words, 0, 16 * exchange + 8 * flags, stream_), "cudaMemsetAsync");
     const int64_t T = batch_sizes ? batch_sizes->numel() : rows / B;
-    walk = {plan, T, B, H, nullptr, reverse, words, reinterpret_cast<uint64_t*>(words + exchange)};
+    recurrence = {tiling, T, B, H, nullptr, reverse, words, reinterpret_cast<uint64_t*>(words + exchange)};
     if (batch_sizes) send_offsets(gates, *batch_sizes);
-    STD_TORCH_CHECK(batch_sizes || T * B == rows, "lstm_walk: ", rows, " rows are not whole steps of ", B);
+    STD_TORCH_CHECK(batch_sizes || T * B == rows, "lstm_recurrence: ", rows, " rows are not whole steps of ", B);
   }
 
   template <typename Arguments>
   void run(const Arguments& arguments, bool telemetry) {
     void* list[] = {const_cast<Arguments*>(&arguments)};
-    const void* kernel = kernel_of(walk.plan, half_, backward_, telemetry);
-    const dim3 blocks(walk.plan.programs()), threads(THREADS);
-    const size_t shared = walk.plan.shared_bytes;
-    check(walk.plan.local ? cudaLaunchKernel(kernel, blocks, threads, list, shared, stream_)
+    const void* kernel = kernel_of(recurrence.tiling, half_, backward_, telemetry);
+    const dim3 blocks(recurrence.tiling.programs()), threads(THREADS);
+    const size_t shared = recurrence.tiling.shared_bytes;
+    check(recurrence.tiling.local ? cudaLaunchKernel(kernel, blocks, threads, list, shared, stream_)
                           : cudaLaunchCooperativeKernel(kernel, blocks, threads, list, shared, stream_),
           "launch");
   }
 
   cudaStream_t stream() const { return stream_; }
-  Walk walk;
+  Recurrence recurrence;
 
  private:
   // The copy leaves pageable memory before cudaMemcpyAsync returns; only a graph would read it later.
@@ -156,20 +156,20 @@ class Launch {
     STD_TORCH_CHECK(capturing == cudaStreamCaptureStatusNone,
                     "lstm_layer: packed sequences cannot be captured into a CUDA graph");
     STD_TORCH_CHECK(batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.is_contiguous(),
-                    "lstm_walk: batch_sizes must be int64 on the CPU");
+                    "lstm_recurrence: batch_sizes must be int64 on the CPU");
     const auto* sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
     std::vector<int64_t> offsets{0};
-    bool fits = walk.T > 0 && sizes[0] == walk.B;
-    for (int64_t t = 0; t < walk.T && fits; ++t) {
+    bool fits = recurrence.T > 0 && sizes[0] == recurrence.B;
+    for (int64_t t = 0; t < recurrence.T && fits; ++t) {
       fits = 0 <= sizes[t] && sizes[t] <= sizes[t == 0 ? 0 : t - 1];
       offsets.push_back(offsets.back() + sizes[t]);
     }
-    STD_TORCH_CHECK(fits && offsets.back() == like.size(0), "lstm_walk: batch_sizes must start with ", walk.B,
+    STD_TORCH_CHECK(fits && offsets.back() == like.size(0), "lstm_recurrence: batch_sizes must start with ", recurrence.B,
                     ", not increase and add up to ", like.size(0));
-    offsets_ = torch::stable::new_empty(like, {walk.T + 1}, ScalarType::Long);
+    offsets_ = torch::stable::new_empty(like, {recurrence.T + 1}, ScalarType::Long);
     void* target = offsets_.mutable_data_ptr();
     check(cudaMemcpyAsync(target, offsets.data(), 8 * offsets.size(), cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
-    walk.offsets = static_cast<const int64_t*>(target);
+    recurrence.offsets = static_cast<const int64_t*>(target);
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
@@ -188,7 +188,7 @@ static A* writable(const Tensor& t) {
   return static_cast<A*>(t.mutable_data_ptr());
 }
 
-void lstm_walk_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor y, Tensor cells, OptionalTensor batch_sizes,
+void lstm_recurrence_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor y, Tensor cells, OptionalTensor batch_sizes,
                    bool reverse, int64_t at_once) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
   const ScalarType dtype = weight_hh.scalar_type();
@@ -199,12 +199,12 @@ void lstm_walk_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor 
   check_tensor("y", y, dtype, {rows, H});
   check_tensor("cells", cells, ScalarType::Float, {rows, H});
   Launch launch(gates, weight_hh, B, batch_sizes, reverse, false, at_once);
-  launch.run(Forward{launch.walk, pointer<uint16_t>(weight_hh), pointer<uint16_t>(h0), pointer<float>(c0),
+  launch.run(Forward{launch.recurrence, pointer<uint16_t>(weight_hh), pointer<uint16_t>(h0), pointer<float>(c0),
                      writable<float>(gates), writable<float>(cells), writable<uint16_t>(y)},
              false);
 }
 
-void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells,
+void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells,
                    Tensor dgates, OptionalTensor partials, OptionalTensor exponents, OptionalTensor carry, bool resumes,
                    bool pauses, OptionalTensor batch_sizes, bool reverse, int64_t at_once) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
@@ -218,11 +218,11 @@ void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Te
   check_tensor("dgates", dgates, dtype, {rows, 4 * H});
   if (dy) check_tensor("dy", *dy, dtype, {rows, H});
   Launch launch(gates, weight_hh, B, batch_sizes, reverse, true, at_once);
-  const int64_t T = launch.walk.T, programs = launch.walk.plan.programs(), groups = launch.walk.plan.groups;
-  STD_TORCH_CHECK(partials.has_value() == exponents.has_value(), "lstm_walk: partials and exponents must be given together");
-  STD_TORCH_CHECK(carry ? !batch_sizes : !resumes && !pauses, "lstm_walk: spans must be padded, and have a carry");
+  const int64_t T = launch.recurrence.T, programs = launch.recurrence.tiling.programs(), groups = launch.recurrence.tiling.groups;
+  STD_TORCH_CHECK(partials.has_value() == exponents.has_value(), "lstm_recurrence: partials and exponents must be given together");
+  STD_TORCH_CHECK(carry ? !batch_sizes : !resumes && !pauses, "lstm_recurrence: spans must be padded, and have a carry");
   if (carry) check_tensor("carry", *carry, ScalarType::Int, {programs, 2});
-  Backward p{launch.walk,
+  Backward p{launch.recurrence,
              pointer<uint16_t>(weight_hh),
              dy ? pointer<uint16_t>(*dy) : nullptr,
              pointer<float>(c0),
@@ -244,7 +244,7 @@ void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Te
   p.exponents = writable<int32_t>(of_groups);
   launch.run(p, true);
   if (groups == 1) return;
-  lstm_walk_align_kernel<<<divide_up(T * programs, 256), 256, 0, launch.stream()>>>(p, writable<int32_t>(*exponents));
+  lstm_recurrence_align_kernel<<<divide_up(T * programs, 256), 256, 0, launch.stream()>>>(p, writable<int32_t>(*exponents));
   check(cudaGetLastError(), "launch");
 }
 
@@ -252,15 +252,15 @@ void lstm_walk_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gradkernels, m) {
   m.def(
-      "lstm_walk_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor(b!) y, Tensor(c!) cells, "
+      "lstm_recurrence_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor(b!) y, Tensor(c!) cells, "
       "Tensor? batch_sizes, bool reverse, int at_once) -> ()");
   m.def(
-      "lstm_walk_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells, "
+      "lstm_recurrence_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells, "
       "Tensor(c!) dgates, Tensor(d!)? partials, Tensor(e!)? exponents, Tensor(f!)? carry, bool resumes, bool pauses, "
       "Tensor? batch_sizes, bool reverse, int at_once) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) {
-  m.impl("lstm_walk_fwd", TORCH_BOX(&gk::lstm_walk_fwd));
-  m.impl("lstm_walk_bwd", TORCH_BOX(&gk::lstm_walk_bwd));
+  m.impl("lstm_recurrence_fwd", TORCH_BOX(&gk::lstm_recurrence_fwd));
+  m.impl("lstm_recurrence_bwd", TORCH_BOX(&gk::lstm_recurrence_bwd));
 }

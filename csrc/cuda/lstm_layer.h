@@ -1,4 +1,4 @@
-// What the Python module asks about the walks of lstm_layer.cu.
+// What the Python module asks about the recurrences of lstm_layer.cu.
 #pragma once
 
 #include <stdint.h>
@@ -8,13 +8,13 @@
 
 namespace gk {
 
-// (blocks, predicted cycles of a step) of walk_fwd or walk_bwd on this device, as one of `at_once` such walks between which its
+// (blocks, predicted cycles of a step) of recurrence_fwd or recurrence_bwd on this device, as one of `at_once` such recurrences between which its
 // multiprocessors are divided. No blocks where it would not run.
-std::array<int64_t, 2> walk_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
+std::array<int64_t, 2> recurrence_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
                                       int64_t at_once);
 
 // (programs, units and batch rows of a block, its shared memory in bytes) on a device of `sms` multiprocessors whose blocks may
-// have `shared_bytes`: what the launcher would plan there.
-std::array<int64_t, 4> walk_plan(int64_t B, int64_t H, bool backward, int sms, int shared_bytes);
+// have `shared_bytes`: what the launcher would tiling there.
+std::array<int64_t, 4> recurrence_tiling(int64_t B, int64_t H, bool backward, int sms, int shared_bytes);
 
 }  // namespace gk

@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C_cuda, m) {
-  m.def("walk_on_device", gk::walk_on_device, py::arg("device_index"), py::arg("B"), py::arg("H"), py::arg("dtype"),
+  m.def("recurrence_on_device", gk::recurrence_on_device, py::arg("device_index"), py::arg("B"), py::arg("H"), py::arg("dtype"),
         py::arg("backward"), py::arg("at_once"));
-  m.def("walk_plan", gk::walk_plan, py::arg("B"), py::arg("H"), py::arg("backward"), py::arg("sms"), py::arg("shared_bytes"));
+  m.def("recurrence_tiling", gk::recurrence_tiling, py::arg("B"), py::arg("H"), py::arg("backward"), py::arg("sms"), py::arg("shared_bytes"));
 }

@@ -4,7 +4,7 @@
     c_t = f c_{t-1} + i g,    h_t = o tanh(c_t), times W_hr^T where there is a projection
 
 Rows are time-major. Padded: x is (T, B, D). Packed, as in torch.nn.utils.rnn.PackedSequence: x is (sum of batch_sizes, D), and
-step t owns the next batch_sizes[t] rows, of the batch's first sequences. `reverse` walks from the last step to the first.
+step t owns the next batch_sizes[t] rows, of the batch's first sequences. `reverse` goes from the last step to the first.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from gradkernels.library import _C, ArgumentError, define_kernel
 from gradkernels.telemetry import fields
 from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_CELLS, NUM_NORMS, TIME_FIELDS
 
-if _C is not None and any(getattr(fields, name) != value for name, value in _C.fields().items()):
+if _C is not None and {name: getattr(fields, name) for name in _C.fields()} != _C.fields():
     raise ImportError("gradkernels' extension was built from other sources than its Python code: install the package again")
 
 # Guards the tables that the references write, and a tensor's list of probes.

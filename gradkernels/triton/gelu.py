@@ -1,4 +1,4 @@
-"""GELU on a GPU. One program walks blocks of consecutive elements; the formulas are those of csrc/cpu/gelu.cpp.
+"""GELU on a GPU. One program goes through blocks of consecutive elements; the formulas are those of csrc/cpu/gelu.cpp.
 
 exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
 tanh   y = x S(u), S the logistic function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
@@ -117,7 +117,7 @@ def gelu_bwd_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """dx = dy times the derivative at x. Grid: programs walk the blocks in turns; without statistics one program a block."""
+    """dx = dy times the derivative at x. Grid: programs take the blocks in turn; without statistics one program a block."""
     dtype: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     LANES: tl.constexpr = lanes_of(x_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR

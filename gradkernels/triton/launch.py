@@ -65,7 +65,7 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, An
 
 
 def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """`t` with the strides of the dense tensor `model`, so that both can be walked as flat arrays: itself, or a copy."""
+    """`t` with the strides of the dense tensor `model`, so that both can be read as flat arrays: itself, or a copy."""
     return t if t.stride() == model.stride() else torch.empty_like(model).copy_(t)
 
 
@@ -89,7 +89,7 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
     """Launches a pointwise kernel(*args, num_vectors, [stats, num_cells], ...) over the elements of the dense tensor `t`.
 
     Two accesses of 16 bytes a thread and tensor; one element at a time where their number is not a multiple of eight.
-    Without statistics a program owns one block; with them every resident program walks blocks in turns.
+    Without statistics a program owns one block; with them every resident program goes through blocks in turns.
     """
     block = THREADS * 2 * VECTOR_BYTES // t.element_size()
     vector = 8 if t.numel() % 8 == 0 else 1

@@ -1,6 +1,6 @@
 """What a call of an op allocates, launches and returns, written down for csrc/launch_cache.cpp to do again without Python.
 
-A plan is made from what one call did, and only where everything it did is understood: allocations, views, and launches of
+A captured launches is made from what one call did, and only where everything it did is understood: allocations, views, and launches of
 compiled kernels whose parameters, by the kernel's own declaration, are those that are passed. Any other call stays in Python.
 """
 
@@ -58,8 +58,8 @@ class Recording(TorchDispatchMode):
         """Called after each launch: the compiled kernel, if it was compiled, and its arguments by name."""
         self.launches.append((compiled, grid, given))
 
-    def plan(self, inputs: tuple, outputs: tuple) -> tuple | None:
-        """The plan: (allocations, launches, outputs, what keeps the kernels), as csrc/launch_cache.cpp reads it, or None."""
+    def captured(self, inputs: tuple, outputs: tuple) -> tuple | None:
+        """The captured launches: (allocations, launches, outputs, what keeps the kernels), as csrc/launch_cache.cpp reads it, or None."""
         results = [self._which(t) for t in outputs]
         device = next(t for t in inputs if isinstance(t, torch.Tensor)).device
         if not self.understood or None in results or any(t.device != device for t in self.allocations):
@@ -110,7 +110,7 @@ class Recording(TorchDispatchMode):
         return (owners[0][0], t.data_ptr() - owners[0][1].data_ptr()) if len(owners) == 1 else None
 
     def _used(self, launches: list, results: list[int], num_inputs: int) -> tuple:
-        """The plan without allocations that nobody looks at."""
+        """The captured launches without allocations that nobody looks at."""
         seen = {tensor - num_inputs for launch in launches for tensor, _ in launch[-1] if tensor >= num_inputs}
         kept = sorted(seen | set(results))
         moved = {num_inputs + old: num_inputs + new for new, old in enumerate(kept)}
@@ -207,12 +207,12 @@ def launch_address() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
-def watch(kernel: Callable, *args: Any) -> tuple[Any, tuple | None]:
-    """(what `kernel(*args)` returns, the plan of such a call or None)."""
+def capture(kernel: Callable, *args: Any) -> tuple[Any, tuple | None]:
+    """(what `kernel(*args)` returns, the captured launches of such a call or None)."""
     with Recording() as recording:
         result = kernel(*args)
     outputs = result if isinstance(result, tuple) else () if result is None else (result,)
-    return result, recording.plan(args, outputs)
+    return result, recording.captured(args, outputs)
 
 
 KERNELS: dict[str, Callable] = {}  # what has been registered
@@ -221,4 +221,4 @@ KERNELS: dict[str, Callable] = {}  # what has been registered
 def register(op: str, kernel: Callable, opaque: bool = False) -> None:
     """Makes `kernel`, which launches Triton kernels, what runs for `op` on GPUs. opaque: torch.compile does not look in."""
     KERNELS[op] = kernel
-    implement(op, kernel, watch, opaque=opaque)
+    implement(op, kernel, capture, opaque=opaque)

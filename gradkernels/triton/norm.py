@@ -3,7 +3,7 @@
 x_hat = (h - mean) rstd,  y = x_hat weight + bias;  h = x, or residual + x as it is stored
 g = dy weight,  dh = rstd (g - mean(g) - x_hat mean(g x_hat)) [+ dnew_residual],  dweight = sum_M(dy x_hat), dbias = sum_M(dy)
 
-Two forms of each: rows held in registers, and rows walked in blocks of columns where they are too long for that. N and eps
+Two forms of each: rows held in registers, and rows read in blocks of columns where they are too long for that. N and eps
 are constants of a model and of a kernel; M is neither. A row in front of `record_rows` is dL/d(...) of one port.
 """
 
@@ -180,7 +180,7 @@ def norm_bwd_kernel(
 ):
     """dh, the program's share of dweight and dbias, the statistics of dy, dnew_residual and dh.
 
-    Grid: persistent programs, which walk BLOCK_M rows at a time in turns and keep their sums over rows in registers; each
+    Grid: persistent programs, which take BLOCK_M rows at a time in turn and keep their sums over rows in registers; each
     writes them to its row of partials (2, programs, N) at the end.
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
@@ -258,7 +258,7 @@ def norm_bwd_looped_kernel(
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """norm_bwd_kernel for long rows: the row sums in one walk over blocks of columns, dh in a second, which finds the rows
+    """norm_bwd_kernel for long rows: the row sums in one pass over blocks of columns, dh in a second, which finds the rows
     in the L2 cache; the program's row of partials is in L2 too, and is read and written once for BLOCK_M rows."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)

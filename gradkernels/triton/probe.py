@@ -21,7 +21,7 @@ def probe_bwd_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Row `port` of the statistics. Grid: programs walk the blocks in turns."""
+    """Row `port` of the statistics. Grid: programs take the blocks in turn."""
     dtype: tl.constexpr = accumulator(dy_ptr.dtype.element_ty)
     LANES: tl.constexpr = lanes_of(dy_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR

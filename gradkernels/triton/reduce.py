@@ -124,7 +124,7 @@ def add_to_cell(stats_ptr, port, cell, num_cells, numel, fields):
 
 @triton.jit
 def my_share(num_items, BLOCK: tl.constexpr):
-    """How many of `num_items` items this program saw, when all programs walk blocks of them in turns."""
+    """How many of `num_items` items this program saw, when all programs take blocks of them in turn."""
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     num_blocks = tl.cdiv(num_items, BLOCK)
     turns = tl.cdiv(num_blocks - program, num_programs)
@@ -134,7 +134,7 @@ def my_share(num_items, BLOCK: tl.constexpr):
 
 @triton.jit
 def record_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.constexpr):
-    """Puts the row of a flat tensor, walked in blocks by all programs in turns, into this program's cell."""
+    """Puts the row of a flat tensor, read in blocks by all programs in turns, into this program's cell."""
     program, seen = tl.program_id(0).to(tl.int64), my_share(numel, BLOCK)
     fields, trusted = total(row, seen)
     if not trusted:
@@ -161,7 +161,7 @@ def record_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """record_flat for rows of N elements, `stride` apart, walked BLOCK_M rows at a time by all programs in turns."""
+    """record_flat for rows of N elements, `stride` apart, taken BLOCK_M rows at a time by all programs in turn."""
     program, seen = tl.program_id(0).to(tl.int64), my_share(num_rows, BLOCK_M) * N
     fields, trusted = total(row, seen)
     if not trusted:

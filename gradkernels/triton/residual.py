@@ -1,4 +1,4 @@
-"""The residual connection on a GPU: the sum at the fork, dx = dskip + dbranch. A program walks blocks of elements."""
+"""The residual connection on a GPU: the sum at the fork, dx = dskip + dbranch. A program goes through blocks of elements."""
 
 import torch
 import triton

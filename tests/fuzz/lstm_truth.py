@@ -111,7 +111,7 @@ def step_back(dh: Near, recurrent: Near, dc: Near, saved: tuple, p: Inputs) -> S
     return Step(dh, total, recurrent, dgates, total.times(f))
 
 
-def walk_back(p: Inputs) -> tuple[dict[str, Near], list[Step]]:
+def backward_reference(p: Inputs) -> tuple[dict[str, Near], list[Step]]:
     """(every gradient, every step in order of time)."""
     exactly = lambda value: Near(value, torch.zeros_like(value), p.dtype)  # noqa: E731
     dh, dc = (exactly(torch.zeros_like(s) if d is None else d) for d, s in ((p.dh_n, p.h0), (p.dc_n, p.c0)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import gradkernels as gk
 from fuzz.compare import check_equal, check_like, check_within, floor, rounding, sum_error
-from fuzz.lstm_truth import Inputs, Near, Step, time_fields, walk_back
+from fuzz.lstm_truth import Inputs, Near, Step, time_fields, backward_reference
 from fuzz.tensors import DTYPE_NAMES, MODERATE, NAMES, THREADS, Drawn, drawn, values
 from gradkernels.ops.lstm_layer import order_of, previous_rows, step_sizes
 from gradkernels.testing import accumulator, largest
@@ -97,7 +97,7 @@ class LSTMLayer:
         sizes = step_sizes(tensors["x"], tensors["h0"], tensors["batch_sizes"])
         rows = (x.flatten(0, -2), h0, c0, w_ih, w_hh, w_hr, y.flatten(0, -2), gates, cells)
         dy = dy if dy is None else dy.flatten(0, -2)
-        exact, steps = walk_back(Inputs(*rows, dy, dh_n, dc_n, sizes, self.reverse, NAMES[self.dtype]))
+        exact, steps = backward_reference(Inputs(*rows, dy, dh_n, dc_n, sizes, self.reverse, NAMES[self.dtype]))
         if compare_backward(self, tensors, results, exact, steps):
             compare_steps(results["time_stats"], steps, gates.split(sizes), self.dtype)
 
@@ -230,7 +230,7 @@ class LSTMCell:
         check_within("c_next", results["c_next"], c_next, error)
         check_within("h_next", results["h_next"], o * c_next.tanh(), error + 8 * rounding(dtype))
         rows = (x, h, c, w_ih, w_hh, None, h, gates, c_next, None, dh_next, dc_next)
-        exact, steps = walk_back(Inputs(*rows, [self.B], False, dtype, 4 * rounding(dtype) * largest(size)))
+        exact, steps = backward_reference(Inputs(*rows, [self.B], False, dtype, 4 * rounding(dtype) * largest(size)))
         exact |= {"dh": exact.pop("dh0"), "dc": exact.pop("dc0")}
         compare_backward(self, tensors, results, exact, steps)
 

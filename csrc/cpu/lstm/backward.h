@@ -213,7 +213,7 @@ static void scale_back(A* state, int64_t columns, Share share, int64_t begin, in
 }
 
 template <typename A, bool TELEMETRY>
-static void walk_back(const LstmBackward<A>& p, int thread, int threads, Barrier& barrier) {
+static void backward_through_time(const LstmBackward<A>& p, int thread, int threads, Barrier& barrier) {
   const Steps& steps = p.steps;
   const int64_t H = p.H, P = p.P, T = steps.num_steps(), stride = 4 * H + PADDING;
   const Share units = share_of<A>(H, thread, threads), outputs = share_of<A>(P, thread, threads);
@@ -256,5 +256,5 @@ static void walk_back(const LstmBackward<A>& p, int thread, int threads, Barrier
 
 template <typename A>
 static void lstm_backward(const LstmBackward<A>& p, bool telemetry, int thread, int threads, Barrier& barrier) {
-  (telemetry ? walk_back<A, true> : walk_back<A, false>)(p, thread, threads, barrier);
+  (telemetry ? backward_through_time<A, true> : backward_through_time<A, false>)(p, thread, threads, barrier);
 }

@@ -1,5 +1,5 @@
-// One LSTM layer in one direction, padded or packed. The products that know no time (x W_ih^T before the walk; dx and the
-// gradients of the weights after it) are PyTorch's; the walks are in forward.h and backward.h.
+// One LSTM layer in one direction, padded or packed. The products that know no time (x W_ih^T before the recurrence; dx and the
+// gradients of the weights after it) are PyTorch's; the recurrences are in forward.h and backward.h.
 #include "checks.h"
 #include "steps.h"
 
@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(const Tensor& 
                                   writable<scalar_t>(packed_hh),
                                   writable<scalar_t>(packed_hr),
                                   writable<scalar_t>(m)};
-    const auto walk = GK_CHOOSE((lstm_forward<scalar_t>));
+    const auto recurrence = GK_CHOOSE((lstm_forward<scalar_t>));
     for_each_thread(num_step_threads(4 * B * H * P, std::min(H, P) / 16),
-                    [&](int thread, int threads, Barrier& barrier) { walk(p, thread, threads, barrier); });
+                    [&](int thread, int threads, Barrier& barrier) { recurrence(p, thread, threads, barrier); });
     last_states<scalar_t>(steps, y, h_n);
     last_states<scalar_t>(steps, cells, c_n);
   });
@@ -148,13 +148,13 @@ static void record_steps(const Steps& steps, const std::vector<StepSums>& sums, 
   add_steps(rows.data(), T, time_stats);
 }
 
-// What the walk back leaves: dG, dh0, dc0, and with a projection the total dh and o tanh(c) of all rows.
-struct Walked {
+// What the backward recurrence leaves: dG, dh0, dc0, and with a projection the total dh and o tanh(c) of all rows.
+struct BackwardResult {
   Tensor dgates, dh0, dc0, dh_total, m;
 };
 
 template <typename A>
-static Walked walk_back(const Steps& steps, const Tensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+static BackwardResult backward_through_time(const Steps& steps, const Tensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                         const Tensor& c0, const Tensor& weight_hh, const Tensor& weight_hr, const Tensor& gates,
                         const Tensor& cells, const OptionalTensor& time_stats) {
   const int64_t B = steps.B, H = c0.size(1), P = weight_hh.size(1), rows = steps.num_rows(), stride = 4 * H + PADDING;
@@ -164,7 +164,7 @@ static Walked walk_back(const Steps& steps, const Tensor& dy, const OptionalTens
     return d ? widened(*d).clone() : at::zeros({B, columns}, options);
   };
   const auto scratch = [&](at::IntArrayRef shape) { return projected ? at::empty(shape, options) : Tensor(); };
-  const Walked out{at::empty({rows, stride}, options), state(dh_n, P), state(dc_n, H), scratch({rows, P}), scratch({rows, H})};
+  const BackwardResult out{at::empty({rows, stride}, options), state(dh_n, P), state(dc_n, H), scratch({rows, P}), scratch({rows, H})};
   const Tensor dgates_scaled = at::empty({2, B, stride}, options), packed_hh = panels<A>(4 * H, P, c0);
   const Tensor packed_hr = projected ? panels<A>(P, H, c0) : Tensor(), dh_scaled = scratch({B, P}), dm = scratch({B, H});
   const int threads = num_step_threads(4 * B * H * P, std::min(H, P) / 16);
@@ -194,13 +194,13 @@ static Walked walk_back(const Steps& steps, const Tensor& dy, const OptionalTens
                           rows_of_threads.data(),
                           sums.data(),
                           exponent.data()};
-  const auto walk = GK_CHOOSE((lstm_backward<A>));
-  int walked_by = 1;
+  const auto recurrence = GK_CHOOSE((lstm_backward<A>));
+  int num_threads = 1;
   for_each_thread(threads, [&](int thread, int all, Barrier& barrier) {
-    if (thread == 0) walked_by = all;
-    walk(p, time_stats.has_value(), thread, all, barrier);
+    if (thread == 0) num_threads = all;
+    recurrence(p, time_stats.has_value(), thread, all, barrier);
   });
-  if (time_stats) record_steps(steps, sums, exponent, walked_by, H, *time_stats);
+  if (time_stats) record_steps(steps, sums, exponent, num_threads, H, *time_stats);
   return out;
 }
 
@@ -220,17 +220,17 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
   Tensor dx = none(), dweight_ih = none(), dweight_hh = none(), dbias = none(), dweight_hr = none(), dh0, dc0;
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_layer_bwd", [&] {
     const Tensor rows_dy = dy ? widened_rows(*dy) : Tensor();
-    const Walked walked = walk_back<scalar_t>(steps, rows_dy, dh_n, dc_n, widened(c0), widened(weight_hh), widened(weight_hr),
+    const BackwardResult result = backward_through_time<scalar_t>(steps, rows_dy, dh_n, dc_n, widened(c0), widened(weight_hh), widened(weight_hr),
                                               gates, cells, time_stats);
-    const Tensor dg = walked.dgates.narrow(1, 0, gates.size(1));
-    dh0 = walked.dh0.to(dtype);
-    dc0 = walked.dc0.to(dtype);
+    const Tensor dg = result.dgates.narrow(1, 0, gates.size(1));
+    dh0 = result.dh0.to(dtype);
+    dc0 = result.dc0.to(dtype);
     if (inputs) dx = at::mm(dg, widened(weight_ih)).to(dtype).view(x.sizes());
     if (!weights) return;
     dweight_ih = at::mm(dg.t(), widened_rows(x)).to(dtype);
     dweight_hh = at::mm(dg.t(), previous_rows<scalar_t>(steps, widened_rows(y), widened(h0))).to(dtype);
     if (bias_ih) dbias = dg.sum(0).to(dtype);
-    if (weight_hr) dweight_hr = at::mm(walked.dh_total.t(), walked.m).to(dtype);
+    if (weight_hr) dweight_hr = at::mm(result.dh_total.t(), result.m).to(dtype);
   });
   if (stats) {
     if (dy) measure(*dy, *stats, 0);

@@ -1,5 +1,5 @@
 // What the LSTM kernels share outside their loops: the steps of a sequence, the arguments of the loops through time, and the
-// threads that walk it together.
+// threads that work on it together.
 #pragma once
 
 #include <omp.h>
@@ -94,7 +94,7 @@ struct LstmBackward {
   A* largest;         // two steps' worth of one number a thread
   A* rows;            // with telemetry, two rows of H units a thread
   StepSums* sums;     // (steps, threads); null without telemetry
-  int64_t* exponent;  // of the scale that each step was walked in
+  int64_t* exponent;  // of the scale that each step was computed in
 };
 
 // Meets `threads` threads. They spin for a while and then yield, in case there are fewer cores than threads.
@@ -121,7 +121,7 @@ class Barrier {
   alignas(64) std::atomic<int> turn_{0};
 };
 
-// How many threads walk a sequence: one where a step is small.
+// How many threads work on a sequence: one where a step is small.
 inline int num_step_threads(int64_t work, int64_t num_blocks) {
   return static_cast<int>(std::max<int64_t>(1, std::min({work / WORK_PER_THREAD, num_blocks, usable_threads()})));
 }

@@ -1,4 +1,4 @@
-"""The walk back through time of an LSTM layer, one launch a step (two with a projection). csrc/cpu/lstm/backward.h does it
+"""The backward pass through time of an LSTM layer, one launch a step (two with a projection). csrc/cpu/lstm/backward.h does it
 on a CPU; formulas: gradkernels/ops/lstm_layer.py.
 
 A program owns BLOCK_M rows and BLOCK_N units. It multiplies the dG of the step after by its columns of weight_hh, adds dy,
@@ -6,7 +6,7 @@ and turns dh and dc into its part of this step's dG, all in registers.
 
 A gradient that vanishes would leave float32 after some hundred steps, and with it every norm. So dh, dc and the dG that the
 next launch reads are carried times a power of two, which every program finds for itself, from the largest magnitudes that the
-programs of the launch before have left; what is written for the products after the walk is scaled back.
+programs of the launch before have left; what is written for the products after the recurrence is scaled back.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def lstm_bwd_step_kernel(
 
     factor_ptr: carried of the step after (B, 4H), of which `live` rows go on; weight_ptr: W_hh^T (P, 4H). With a
     projection, where dh_ptr is None: this step's dh in its scale (B, P), from lstm_bwd_project_kernel; W_hr^T (H, P).
-    Rows of the step after that do not go on leave the walk: their dh0 and dc0 are left in dh and dc. Row b < continued has its
+    Rows of the step after that do not go on leave the time loop: their dh0 and dc0 are left in dh and dc. Row b < continued has its
     c_{t-1} in row previous + b of cells.
     largest, exponents: see load_scale; this step's are written. partials: (steps, programs, NUM_SUMS) float64, or None.
     Grid: (blocks of units, blocks of rows).
@@ -231,8 +231,8 @@ def lstm_bwd_project_kernel(
 
 
 @dataclass(frozen=True)
-class WalkedBack:
-    """What the walk leaves beside dh0 and dc0, which are in dh and dc."""
+class BackwardResult:
+    """What the recurrence leaves beside dh0 and dc0, which are in dh and dc."""
 
     dgates: torch.Tensor  # (rows, 4H) in x's dtype
     dh_total: torch.Tensor | None  # with a projection: dL/dh of all rows (rows, P), in x's dtype
@@ -240,7 +240,7 @@ class WalkedBack:
     exponents: torch.Tensor | None  # (T or more) int32
 
 
-def walk_backward(
+def recurrence_backward(
     steps: Steps,
     dy: torch.Tensor | None,
     dh: torch.Tensor,
@@ -252,7 +252,7 @@ def walk_backward(
     cells: torch.Tensor,
     telemetry: bool,
     at_once: int = 1,
-) -> WalkedBack:
+) -> BackwardResult:
     """The dG of all rows. dh (B, P), dc (B, H): dh_n, dc_n on entry, dh0, dc0 on return, in float32 (float64) like c0.
 
     dy (rows, P) and the weights are in x's dtype. In one launch where a persistent kernel takes the case,
@@ -261,18 +261,18 @@ def walk_backward(
     dgates = weight_hh.new_empty(gates.shape)
     if persistent.takes(steps, dgates, weight_hr, c0.shape[1], True, at_once):
         args = (dy, dh, dc, weight_hh, c0, gates, cells, dgates, telemetry, at_once)
-        return WalkedBack(dgates, None, *persistent.walk_backward(steps, *args))
-    return _walk_in_steps(steps, dy, dh, dc, weight_hh, weight_hr, aligned(c0), gates, cells, dgates, telemetry)
+        return BackwardResult(dgates, None, *persistent.recurrence_backward(steps, *args))
+    return _stepwise_backward(steps, dy, dh, dc, weight_hh, weight_hr, aligned(c0), gates, cells, dgates, telemetry)
 
 
 define(
-    "lstm_steps_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor? weight_hr, Tensor c0, Tensor gates, "
+    "lstm_stepwise_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor? weight_hr, Tensor c0, Tensor gates, "
     "Tensor cells, Tensor(c!) dgates, Tensor(d!)? dh_total, Tensor(e!) incoming, Tensor(f!) largest, Tensor(g!) exponents, "
     "Tensor(h!)? partials, bool reverse, bool tf32) -> ()"
 )
 
 
-def _walk_in_steps(
+def _stepwise_backward(
     steps: Steps,
     dy: torch.Tensor | None,
     dh: torch.Tensor,
@@ -284,7 +284,7 @@ def _walk_in_steps(
     cells: torch.Tensor,
     dgates: torch.Tensor,
     telemetry: bool,
-) -> WalkedBack:
+) -> BackwardResult:
     (B, P), H, T = dh.shape, dc.shape[1], len(steps.sizes)
     # float16 has too few exponents for a gradient on its way: it is carried in float32, and multiplied in TF32, which has as
     # many bits as float16.
@@ -294,20 +294,20 @@ def _walk_in_steps(
     weight_hh = weight_hh.t().to(operand).contiguous()
     dh_total = None if weight_hr is None else dgates.new_empty(dgates.shape[0], P)
     weight_hr = None if weight_hr is None else weight_hr.t().to(operand).contiguous()
-    # After the first step one more launch takes dh0 and dc0 off the walk, as step T, which has no rows.
+    # After the first step one more launch takes dh0 and dc0 off the time loop, as step T, which has no rows.
     incoming, largest = dc.new_zeros(T + 1), dc.new_zeros(T + 1, num_programs)
     exponents = torch.zeros(T + 1, dtype=torch.int32, device=dc.device)
     partials = dc.new_zeros(T + 1, num_programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     args = (dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, dh_total, incoming, largest, exponents, partials)
     tf32 = uses_tf32(operand, exact=dgates.dtype is torch.float16)
     if B and steps.batch_sizes is None:
-        torch.ops.gradkernels.lstm_steps_bwd(*args, steps.reverse, tf32)
+        torch.ops.gradkernels.lstm_stepwise_bwd(*args, steps.reverse, tf32)
     elif B:
         launch_backward(steps, *args, tf32)
-    return WalkedBack(dgates, dh_total, partials, exponents)
+    return BackwardResult(dgates, dh_total, partials, exponents)
 
 
-def lstm_steps_bwd(
+def lstm_stepwise_bwd(
     dy: torch.Tensor | None,
     dh: torch.Tensor,
     dc: torch.Tensor,
@@ -325,7 +325,7 @@ def lstm_steps_bwd(
     reverse: bool,
     tf32: bool,
 ) -> None:
-    """The launches of a padded walk back. They follow from these arguments' shapes: an op, of which a plan can be made."""
+    """The launches of a padded backward recurrence. They follow from these arguments' shapes: an op, of which a tiling can be made."""
     steps = Steps.padded(gates.shape[0], dh.shape[0], reverse)
     state = (dh_total, incoming, largest, exponents, partials)
     launch_backward(steps, dy, dh, dc, weight_hh, weight_hr, c0, gates, cells, dgates, *state, tf32)
@@ -384,4 +384,4 @@ def _launch_incoming(steps: Steps, dy: torch.Tensor | None, dh: torch.Tensor, dc
     launch_each(launches, H=dc.shape[1], P=dh.shape[1], BLOCK=SCAN, num_warps=4)
 
 
-register("lstm_steps_bwd", lstm_steps_bwd)
+register("lstm_stepwise_bwd", lstm_stepwise_bwd)

@@ -1,7 +1,7 @@
 """One LSTM layer in one direction on a GPU, alone (lstm_layer.py) or as a part of a stack (lstm_stack.py).
 
-The products that know no time are PyTorch's: x W_ih^T before the walk through time, dx and the gradients of the weights after
-it; the walks are in forward.py and backward.py.
+The products that know no time are PyTorch's: x W_ih^T before the time loop, dx and the gradients of the weights after
+it; the recurrences are in forward.py and backward.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 from gradkernels.ops.layer_norm import widen
 from gradkernels.ops.lstm import Stack
-from gradkernels.triton.lstm.backward import WalkedBack, walk_backward
-from gradkernels.triton.lstm.forward import walk_forward
-from gradkernels.triton.lstm.persistent import walk_span_back
+from gradkernels.triton.lstm.backward import BackwardResult, recurrence_backward
+from gradkernels.triton.lstm.forward import recurrence_forward
+from gradkernels.triton.lstm.persistent import recurrence_backward_chunk
 from gradkernels.triton.lstm.sequence import Steps, multiply_wide, preactivations, previous_rows
 from gradkernels.triton.lstm.time_stats import record_steps
 from gradkernels.triton.probe import probe_each
@@ -32,25 +32,25 @@ class Part:
     y: torch.Tensor
     gates: torch.Tensor
     cells: torch.Tensor
-    at_once: int = 1  # persistent walks between which the device is divided
-    # Of the walk back: what arrives; dh and dc in float32 (float64), with spans the carry between them; what is left.
+    at_once: int = 1  # persistent recurrences between which the device is divided
+    # Of the backward recurrence: what arrives; dh and dc in float32 (float64), with spans the carry between them; what is left.
     dy: torch.Tensor | None = None
     state: tuple[torch.Tensor, ...] = ()
     dx: torch.Tensor | None = None
-    walked: WalkedBack | None = None
+    result: BackwardResult | None = None
     of_weights: tuple[torch.Tensor | None, ...] = (None,) * 4
 
-    def walk(self, begin: int, end: int) -> None:
+    def forward(self, begin: int, end: int) -> None:
         """The forward pass through steps `begin` to `end`; it has gone through all before them."""
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = self.weights
         whole, rows, (h, c) = (begin, end) == (0, len(self.steps.sizes)), self.rows(begin, end), self.before(begin)
         steps = self.steps if whole else Steps.of(self.steps.sizes[begin:end], self.steps.B, reverse=False)
         bias = None if bias_ih is None else widen(bias_ih) + widen(bias_hh)
         gates = preactivations(self.x[rows], weight_ih, bias, out=self.gates[rows])
-        walk_forward(steps, gates, weight_hh, weight_hr, h, c, self.y[rows], self.cells[rows], self.at_once)
+        recurrence_forward(steps, gates, weight_hh, weight_hr, h, c, self.y[rows], self.cells[rows], self.at_once)
 
     def receive(self, dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, inputs: bool) -> None:
-        """What the walk back begins with: dy (rows, P), contiguous, dh_n and dc_n; room for dx where `inputs`."""
+        """What the backward recurrence begins with: dy (rows, P), contiguous, dh_n and dc_n; room for dx where `inputs`."""
         dtype, form = self.cells.dtype, torch.contiguous_format
         self.dy, self.dx = dy, self.x.new_empty(self.x.shape) if inputs else None
         self.state = tuple(
@@ -58,38 +58,38 @@ class Part:
             for d, s in ((dh_n, self.h0), (dc_n, self.c0))
         )
 
-    def walk_back(self, begin: int, end: int, telemetry: bool) -> None:
+    def backward(self, begin: int, end: int, telemetry: bool) -> None:
         """The backward pass through steps `end` to `begin`; it has gone through all after them."""
         weight_ih, weight_hh, _, _, weight_hr = self.weights
         T, rows, (_, c0) = len(self.steps.sizes), self.rows(begin, end), self.before(begin)
         gates, cells = self.gates[rows], self.cells[rows]
         if (begin, end) == (0, T):
             args = (self.dy, *self.state, weight_hh, weight_hr, c0, gates, cells, telemetry)
-            self.walked = walk_backward(self.steps, *args, self.at_once)
+            self.result = recurrence_backward(self.steps, *args, self.at_once)
         else:
-            dy, left = None if self.dy is None else self.dy[rows], self.walked
+            dy, left = None if self.dy is None else self.dy[rows], self.result
             sums = (left.partials[begin:end], left.exponents[begin:end]) if telemetry else (None, None)
             outputs = (left.dgates[rows], *sums)
             args = (dy, self.state, weight_hh, c0, gates, cells, outputs)
-            walk_span_back(*args, end < T, begin > 0, self.at_once)
+            recurrence_backward_chunk(*args, end < T, begin > 0, self.at_once)
         if self.dx is not None:
-            torch.mm(self.walked.dgates[rows], weight_ih, out=self.dx[rows])
+            torch.mm(self.result.dgates[rows], weight_ih, out=self.dx[rows])
 
     def multiply(self) -> None:
-        """dweight_ih, dweight_hh, dbias, dweight_hr, after the walk back: products over the rows of all steps."""
-        dg, dtype = self.walked.dgates, self.x.dtype
+        """dweight_ih, dweight_hh, dbias, dweight_hr, after the backward recurrence: products over the rows of all steps."""
+        dg, dtype = self.result.dgates, self.x.dtype
         dweight_ih = multiply_wide(dg.t(), self.x).to(dtype)
         dweight_hh = multiply_wide(dg.t(), previous_rows(self.steps, self.y, self.h0)).to(dtype)
         dbias, dweight_hr = dg.sum(0) if self.weights[2] is not None else None, None
-        if self.walked.dh_total is not None:
+        if self.result.dh_total is not None:
             m = (self.gates[:, -self.cells.shape[1] :] * self.cells.tanh()).to(dtype)
-            dweight_hr = multiply_wide(self.walked.dh_total.t(), m).to(dtype)
+            dweight_hr = multiply_wide(self.result.dh_total.t(), m).to(dtype)
         self.of_weights = (dweight_ih, dweight_hh, dbias, dweight_hr)
 
     def record(self, stats: torch.Tensor | None, time_stats: torch.Tensor | None) -> None:
-        """What the walk back has measured, and the statistics of all gradients that are there, in the order of PORTS."""
+        """What the backward recurrence has measured, and the statistics of all gradients that are there, in the order of PORTS."""
         if time_stats is not None:
-            record_steps(self.steps, self.walked, self.c0.shape[1], time_stats)
+            record_steps(self.steps, self.result, self.c0.shape[1], time_stats)
         probe_each(stats, self.dy, self.dx, *self.of_weights)
 
     def rows(self, begin: int, end: int) -> slice:
@@ -97,7 +97,7 @@ class Part:
         return slice(self.steps.first[begin], self.steps.first[end])
 
     def before(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """h, and c in float32 (float64), with which the forward pass comes to step `begin`; to a walk of all steps with 0."""
+        """h, and c in float32 (float64), with which the forward pass comes to step `begin`; to a recurrence of all steps with 0."""
         if begin == 0:
             return self.h0, widen(self.c0).contiguous()
         rows = self.rows(begin - 1, begin)
@@ -106,7 +106,7 @@ class Part:
 
 @dataclass
 class Call:
-    """A pass of a call. spans: (begin, end) of each, of which there is one where layers do not walk at once."""
+    """A pass of a call. spans: (begin, end) of each, of which there is one where layers do not run concurrently."""
 
     stack: Stack
     spans: list[tuple[int, int]]
@@ -129,8 +129,8 @@ class Call:
         torch.cat([other.y[rows] for other in below], -1, out=part.x[rows])
         self.drop(layer - 1, part.x[rows], rows)
 
-    def walk_back(self, index: int, begin: int, end: int) -> None:
-        """A part's walk back through a span, with dy from the layer above."""
+    def backward(self, index: int, begin: int, end: int) -> None:
+        """A part's backward recurrence through a span, with dy from the layer above."""
         (layer, direction), part = divmod(index, self.stack.directions), self.parts[index]
         above = self.layer(layer + 1)
         if above and part.dy is not above[0].dx:
@@ -138,4 +138,4 @@ class Call:
             columns = slice(direction * P, (direction + 1) * P)
             torch.sum(torch.stack([other.dx[rows, columns] for other in above]), 0, out=part.dy[rows])
             self.drop(layer, part.dy[rows], rows, columns)
-        part.walk_back(begin, end, self.stack.time_stats[index] is not None)
+        part.backward(begin, end, self.stack.time_stats[index] is not None)

@@ -1,4 +1,4 @@
-"""The walk through time of an LSTM layer, one launch a step (two with a projection). Formulas: gradkernels/ops/lstm_layer.py.
+"""The time loop of an LSTM layer, one launch a step (two with a projection). Formulas: gradkernels/ops/lstm_layer.py.
 
 A program owns BLOCK_M rows of the batch and BLOCK_N units with all four gates: one product with 4 BLOCK_N rows of weight_hh,
 then the gates in registers. A step reads the y and cells that the launch before has written.
@@ -99,12 +99,12 @@ def lstm_fwd_project_kernel(
 
 
 define(
-    "lstm_steps_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor(b!) y, "
+    "lstm_stepwise_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor(b!) y, "
     "Tensor(c!) cells, bool reverse, bool tf32) -> ()"
 )
 
 
-def walk_forward(
+def recurrence_forward(
     steps: Steps,
     gates: torch.Tensor,
     weight_hh: torch.Tensor,
@@ -123,17 +123,17 @@ def walk_forward(
     weight_hh, h0 = weight_hh.contiguous(), h0.contiguous()
     weight_hr = None if weight_hr is None else weight_hr.contiguous()
     if persistent.takes(steps, y, weight_hr, c0.shape[1], False, at_once):
-        persistent.walk_forward(steps, gates, weight_hh, h0, c0, y, cells, at_once)
+        persistent.recurrence_forward(steps, gates, weight_hh, h0, c0, y, cells, at_once)
         return
     args = (gates, weight_hh, weight_hr, aligned(h0), aligned(c0), y, cells)
     tf32 = uses_tf32(y.dtype)
     if steps.batch_sizes is None and steps.B:
-        torch.ops.gradkernels.lstm_steps_fwd(*args, steps.reverse, tf32)
+        torch.ops.gradkernels.lstm_stepwise_fwd(*args, steps.reverse, tf32)
     else:
         launch_forward(steps, *args, tf32)
 
 
-def lstm_steps_fwd(
+def lstm_stepwise_fwd(
     gates: torch.Tensor,
     weight_hh: torch.Tensor,
     weight_hr: torch.Tensor | None,
@@ -144,7 +144,7 @@ def lstm_steps_fwd(
     reverse: bool,
     tf32: bool,
 ) -> None:
-    """The launches of a padded walk. They follow from these arguments' shapes: an op, of which a plan can be made."""
+    """The launches of a padded recurrence. They follow from these arguments' shapes: an op, of which a tiling can be made."""
     steps = Steps.padded(gates.shape[0], h0.shape[0], reverse)
     launch_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells, tf32)
 
@@ -181,4 +181,4 @@ def launch_forward(
     launch_each(launches, H=H, P=P, TF32=tf32, **tile)
 
 
-register("lstm_steps_fwd", lstm_steps_fwd)
+register("lstm_stepwise_fwd", lstm_stepwise_fwd)

@@ -32,7 +32,7 @@ def lstm_layer_fwd(
     y = x.new_empty(len(rows), h0.shape[1])
     gates, cells = (wide.new_empty(len(rows), n) for n in (len(weight_hh), c0.shape[1]))
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
-    Part(steps, weights, rows, h0, c0, y, gates, cells).walk(0, len(steps.sizes))
+    Part(steps, weights, rows, h0, c0, y, gates, cells).recurrence(0, len(steps.sizes))
     h_n, c_n = last_rows(steps, y), last_rows(steps, cells)
     return y.view(*x.shape[:-1], y.shape[1]), h_n.clone(), c_n.to(x.dtype, copy=True), gates, cells
 
@@ -61,13 +61,13 @@ def lstm_layer_bwd(
 ) -> tuple[torch.Tensor, ...]:
     """dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr; no elements where not wanted. Statistics of both kinds.
 
-    dG is rounded to x's dtype for the products after the walk; what is carried from step to step is not.
+    dG is rounded to x's dtype for the products after the recurrence; what is carried from step to step is not.
     """
     steps = Steps.of(step_sizes(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
     of_part = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
     part = Part(steps, of_part, rows_of(x), h0, c0, rows_of(y), gates, cells)
     part.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, inputs)
-    part.walk_back(0, len(steps.sizes), time_stats is not None)
+    part.backward_reference(0, len(steps.sizes), time_stats is not None)
     if weights:
         part.multiply()
     part.record(stats, time_stats)

@@ -1,4 +1,4 @@
-"""Whether a walk through time is taken by the persistent kernels of csrc/cuda, in one launch, and the call if so.
+"""Whether a time loop is taken by the persistent kernels of csrc/cuda, in one launch, and the call if so.
 
 They are there where gradkernels._C_cuda was built, and take 16-bit dtypes without a projection, as long as all their programs
 are resident on the device at once. Everything else goes step by step (forward.py, backward.py).
@@ -19,13 +19,13 @@ try:
 except ModuleNotFoundError:  # built without CUDA; an extension that does not load raises its own ImportError
     _C_cuda = None
 
-OPS = torch.ops.gradkernels  # lstm_walk_fwd and lstm_walk_bwd are defined by _C_cuda
+OPS = torch.ops.gradkernels  # lstm_recurrence_fwd and lstm_recurrence_bwd are defined by _C_cuda
 
 
-def planned(
+def tiling_of(
     y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int, at_once: int = 1
 ) -> tuple[int, int]:
-    """(programs, predicted cycles of a step) of the persistent walk over tensors like `y`, as one of `at_once` such walks
+    """(programs, predicted cycles of a step) of the persistent recurrence over tensors like `y`, as one of `at_once` such recurrences
     between which the device is divided. (0, 0) where there is no such kernel, or it does not fit.
     """
     taken = y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and weight_hr is None and B * H > 0
@@ -36,18 +36,18 @@ def planned(
 
 @lru_cache(maxsize=1024)
 def on_device(*case: Any) -> tuple[int, int]:
-    """What the device answers, which is asked for at every walk and never changes."""
-    return tuple(_C_cuda.walk_on_device(*case))
+    """What the device answers, which is asked for at every recurrence and never changes."""
+    return tuple(_C_cuda.recurrence_on_device(*case))
 
 
 def takes(steps: Steps, y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, at_once: int) -> bool:
-    """Whether the persistent kernels take a walk: not into a CUDA graph, to which the sizes of packed steps cannot be sent."""
+    """Whether the persistent kernels take a recurrence: not into a CUDA graph, to which the sizes of packed steps cannot be sent."""
     if steps.batch_sizes is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    return planned(y, weight_hr, H, backward, steps.B, at_once)[0] > 0
+    return tiling_of(y, weight_hr, H, backward, steps.B, at_once)[0] > 0
 
 
-def walk_forward(
+def recurrence_forward(
     steps: Steps,
     gates: torch.Tensor,
     weight_hh: torch.Tensor,
@@ -58,10 +58,10 @@ def walk_forward(
     at_once: int,
 ) -> None:
     """Activates gates, fills y and cells."""
-    OPS.lstm_walk_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
+    OPS.lstm_recurrence_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
 
 
-def walk_backward(
+def recurrence_backward(
     steps: Steps,
     dy: torch.Tensor | None,
     dh: torch.Tensor,
@@ -75,15 +75,15 @@ def walk_backward(
     at_once: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(partials, exponents), None without telemetry: dgates filled, dh0 and dc0 in dh and dc."""
-    (programs, _), T = planned(dgates, None, c0.shape[1], True, steps.B, at_once), len(steps.sizes)
+    (programs, _), T = tiling_of(dgates, None, c0.shape[1], True, steps.B, at_once), len(steps.sizes)
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
     outputs, order = (dgates, partials, exponents), (steps.batch_sizes, steps.reverse)
-    OPS.lstm_walk_bwd(dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, None, False, False, *order, at_once)
+    OPS.lstm_recurrence_bwd(dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, None, False, False, *order, at_once)
     return partials, exponents
 
 
-def walk_span_back(
+def recurrence_backward_chunk(
     dy: torch.Tensor | None,
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     weight_hh: torch.Tensor,
@@ -95,13 +95,13 @@ def walk_span_back(
     pauses: bool,
     at_once: int,
 ) -> None:
-    """walk_backward through some steps, with those after it walked before: where persistent kernels take the case.
+    """recurrence_backward through some steps, with those after it run before: where persistent kernels take the case.
 
     state: dh, dc, and the carry (programs, 2) int32 with which they pass from span to span. outputs: dgates, partials,
     exponents. `resumes`: not the last span of the sequence; `pauses`: not the first. All but the state of these steps alone;
-    bits are those of one walk.
+    bits are those of one recurrence.
     """
     dh, dc, carry = state
-    OPS.lstm_walk_bwd(
+    OPS.lstm_recurrence_bwd(
         dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, carry, resumes, pauses, None, False, at_once
     )

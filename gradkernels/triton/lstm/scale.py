@@ -72,7 +72,7 @@ def choose_exponent(exponent, largest, incoming, dtype: tl.constexpr):
 @triton.jit
 def load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, BLOCK: tl.constexpr):
     """(exponent of step t, by how much it is above that of the step after; factors of what comes in, of what is written, and
-    of what leaves the walk).
+    of what leaves the time loop).
 
     `largest` (steps, programs) holds what each program of the step after saw, `incoming` (steps) the largest magnitude that
     comes from outside. There is no step after where after < 0.

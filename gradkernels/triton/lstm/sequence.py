@@ -1,4 +1,4 @@
-"""What the walks of an LSTM layer know on the host: the rows of each step, the shape of a program, the products around."""
+"""What the recurrences of an LSTM layer know on the host: the rows of each step, the shape of a program, the products around."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A stack of LSTM layers on a GPU, its walks side by side: one autograd node above the layers' kernels.
+"""A stack of LSTM layers on a GPU, its recurrences at the same time: one autograd node above the layers' kernels.
 
-The two directions of a layer know nothing of each other: each walks on a stream of its own. Layers of one direction follow
-one another in spans of time: while a layer walks through one, the layer above walks through the one before. Persistent walks
-are then planned for half of the device each. None waits for another one to be resident, so that where the driver does not run
+The two directions of a layer know nothing of each other: each runs on a stream of its own. Layers of one direction follow
+one another in spans of time: while a layer runs through one, the layer above runs through the one before. Persistent recurrences
+are then tiled for half of the device each. None waits for another one to be resident, so that where the driver does not run
 two at once it runs them in turn. Results and statistics are those of one layer after the other, but for rounding.
 """
 
@@ -23,10 +23,10 @@ from gradkernels.ops._steps import rows_of, step_sizes
 from gradkernels.ops.layer_norm import widen
 from gradkernels.ops.lstm import Stack, sequential
 from gradkernels.ops.lstm_layer import check_layer
-from gradkernels.triton.lstm.backward import WalkedBack
+from gradkernels.triton.lstm.backward import BackwardResult
 from gradkernels.triton.lstm.direction import Call, Part
 from gradkernels.triton.lstm.gates import NUM_SUMS
-from gradkernels.triton.lstm.persistent import planned
+from gradkernels.triton.lstm.persistent import tiling_of
 from gradkernels.triton.lstm.sequence import Steps, last_rows
 from gradkernels.triton.lstm.streams import Lanes
 
@@ -71,7 +71,7 @@ def schedules_of(
 @dataclass(frozen=True)
 class Schedule:
     """How a pass goes through a stack: the spans of time, (begin, end), in which layers follow one another, one of all steps
-    where they do not walk at once; and the number of persistent walks between which the device is divided.
+    where they do not run concurrently; and the number of persistent recurrences between which the device is divided.
     """
 
     spans: list[tuple[int, int]]
@@ -81,14 +81,14 @@ class Schedule:
 def schedule_of(
     stack: Stack, x: torch.Tensor, h0: torch.Tensor, weights: list[torch.Tensor | None], backward: bool
 ) -> Schedule:
-    """Two walks at once, each on half of the device, where that is predicted to take less time than one after the other.
+    """Two recurrences at the same time, each on half of the device, where that is predicted to take less time than one after the other.
 
-    More layers than two take turns on the halves: at most two of their spans are walked at a time.
+    More layers than two take turns on the halves: at most two of their chunks run at a time.
     """
     T, L = len(x) if stack.batch_sizes is None else len(stack.batch_sizes), stack.num_layers
     _, weight_hh, _, _, weight_hr = weights
     case = (x, weight_hr, weight_hh.shape[1], backward, h0.shape[1])
-    (_, alone), (programs, beside) = planned(*case), planned(*case, at_once=2)
+    (_, alone), (programs, beside) = tiling_of(*case), tiling_of(*case, at_once=2)
     count = min(MOST_SPANS, T // SPAN) if programs and stack.batch_sizes is None and stack.directions == 1 else 1
     if count < 2 or max(count + L - 1, count * L // 2 + 1) * beside >= count * L * alone:
         count = 1
@@ -133,7 +133,7 @@ def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
     return saved
 
 
-def walk_up(call: Call) -> None:
+def forward_pass(call: Call) -> None:
     """The forward pass of all parts."""
     directions = call.stack.directions
     with Lanes(call.parts[0].x.device, len(call.parts)) as lanes:
@@ -143,10 +143,10 @@ def walk_up(call: Call) -> None:
                 first, parts = layer * directions, call.layer(layer)
                 if layer and parts[0].x is not call.parts[first - 1].y:
                     after = [lanes.run(first, partial(call.join, layer, *span), after)]
-                after = [lanes.run(first + k, partial(part.walk, *span), after) for k, part in enumerate(parts)]
+                after = [lanes.run(first + k, partial(part.forward, *span), after) for k, part in enumerate(parts)]
 
 
-def walk_down(call: Call, active: list[int], of_weights: list[bool]) -> None:
+def backward_pass(call: Call, active: list[int], of_weights: list[bool]) -> None:
     """The backward pass of the parts in `active`, for which `prepare` has been called."""
     directions = call.stack.directions
     with Lanes(call.parts[0].x.device, len(call.parts)) as lanes:
@@ -155,19 +155,19 @@ def walk_down(call: Call, active: list[int], of_weights: list[bool]) -> None:
             for index in reversed(active):
                 above = range((index // directions + 1) * directions, (index // directions + 2) * directions)
                 after = [done[other] for other in above if other in done]
-                done[index] = lanes.run(index, partial(call.walk_back, index, *span), after)
+                done[index] = lanes.run(index, partial(call.backward, index, *span), after)
         for index in active:
             if of_weights[index]:
                 lanes.run(index, call.parts[index].multiply)
     for part in call.parts:
-        walked = () if part.walked is None else (part.walked.partials, part.walked.exponents)
-        lanes.hand_over(*walked, *part.of_weights)
+        result = () if part.result is None else (part.result.partials, part.result.exponents)
+        lanes.hand_over(*result, *part.of_weights)
 
 
 def prepare(
     call: Call, index: int, dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, inputs: bool
 ) -> None:
-    """Makes room for what the walk back of a part receives and leaves; the parts of the layer above come first."""
+    """Makes room for what the backward recurrence of a part receives and leaves; the parts of the layer above come first."""
     (layer, direction), part = divmod(index, call.stack.directions), call.parts[index]
     (rows, P), above = part.y.shape, call.layer(layer + 1)
     if above:
@@ -177,19 +177,19 @@ def prepare(
     part.receive(dy, *(None if d is None else d[index] for d in (dh_n, dc_n)), inputs)
     if len(call.spans) == 1:
         return
-    programs, _ = planned(part.y, None, part.c0.shape[1], True, part.steps.B, part.at_once)
+    programs, _ = tiling_of(part.y, None, part.c0.shape[1], True, part.steps.B, part.at_once)
     T, new = len(part.steps.sizes), part.cells.new_zeros
     part.state = (*part.state, new(programs, 2, dtype=torch.int32))
     sums = (None, None)
     if call.stack.time_stats[index] is not None:
         sums = new(T, programs, NUM_SUMS.value, dtype=torch.float64), new(T, dtype=torch.int32)
-    part.walked = WalkedBack(part.y.new_empty(part.gates.shape), None, *sums)
+    part.result = BackwardResult(part.y.new_empty(part.gates.shape), None, *sums)
 
 
 def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> None:
     """The backward pass, and what is measured in it. `grads`: of y, h_n and c_n.
 
-    `needs`: which of (x, h0, c0, *weights) want a gradient. Parts that none of them needs are not walked through.
+    `needs`: which of (x, h0, c0, *weights) want a gradient. Parts that none of them needs do not run.
     """
     stack, every = call.stack, any(needs[:3])
     of_weights = [any(stack.weights_of(needs[3:], index)) for index in range(stack.layer_directions)]
@@ -197,7 +197,7 @@ def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bo
     active = [k for k in range(stack.layer_directions) if every or of_weights[k] or k // stack.directions > lowest]
     for index in reversed(active):
         prepare(call, index, *grads, needs[0] or index // stack.directions > lowest)
-    walk_down(call, active, of_weights)
+    backward_pass(call, active, of_weights)
     for index in active:
         call.parts[index].record(stack.stats[index], stack.time_stats[index])
 
@@ -220,7 +220,7 @@ class _Concurrent(Function):
         with below(x):
             saved = saved_for(stack, *tensors[:3], reuse=len(schedules) == len(schedules[0].spans) == 1)
             call = call_of(stack, schedules[0], tensors, saved)
-            walk_up(call)
+            forward_pass(call)
             ys = saved[3 * (stack.layer_directions - stack.directions) : 3 * stack.layer_directions : 3]
             y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
             h_n = torch.stack([last_rows(part.steps, part.y) for part in call.parts])

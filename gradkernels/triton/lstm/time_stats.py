@@ -1,4 +1,4 @@
-"""What a walk back has measured of every step, from its programs' sums into time_stats: one launch a run of equal steps."""
+"""What a backward recurrence has measured of every step, from its programs' sums into time_stats: one launch a run of equal steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gradkernels.triton.launch import launch_each
-from gradkernels.triton.lstm.backward import WalkedBack
+from gradkernels.triton.lstm.backward import BackwardResult
 from gradkernels.triton.lstm.gates import NUM_NORMS, NUM_SUMS
 from gradkernels.triton.lstm.scale import power_of_two
 from gradkernels.triton.lstm.sequence import Steps
@@ -55,12 +55,12 @@ def lstm_time_stats_kernel(
         tl.store(time_stats_ptr + 1, tl.load(time_stats_ptr + 1) + 1.0)
 
 
-def record_steps(steps: Steps, walked: WalkedBack, H: int, time_stats: torch.Tensor) -> None:
-    """Adds the sums of a walk to time_stats; steps beyond its size are not recorded, which row 0 shows."""
+def record_steps(steps: Steps, result: BackwardResult, H: int, time_stats: torch.Tensor) -> None:
+    """Adds the sums of a recurrence to time_stats; steps beyond its size are not recorded, which row 0 shows."""
     launches, recorded = [], time_stats.shape[0] - 1
     for begin, end in steps.runs():
         count = min(end + 1, max(1, recorded)) - begin
         if count > 0:
-            where = (begin, steps.sizes[begin], walked.partials.shape[1], len(steps.sizes), recorded)
-            launches.append((lstm_time_stats_kernel, (count,), (walked.partials, walked.exponents, time_stats, *where)))
+            where = (begin, steps.sizes[begin], result.partials.shape[1], len(steps.sizes), recorded)
+            launches.append((lstm_time_stats_kernel, (count,), (result.partials, result.exponents, time_stats, *where)))
     launch_each(launches, H=H, COLUMNS=triton.next_power_of_2(NUM_SUMS.value + 1), BLOCK=32, num_warps=4)

@@ -20,9 +20,9 @@ from benchmarks.codegen import Launch, compile_for, signature_of
 from gradkernels.library import _C
 from gradkernels.telemetry import NUM_CELLS
 from gradkernels.triton import KERNELS, launch
-from gradkernels.triton import launch_cache as plans
+from gradkernels.triton import launch_cache as cache
 
-NAMESPACE = "plans_test"
+NAMESPACE = "cache_test"
 BYTES = {"i32": 4, "i64": 8, "fp32": 4}
 FUNCTION = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
@@ -46,7 +46,7 @@ class Seen:
 
 
 def stand_in(found, handle):
-    """What Triton's compiler would return, as far as plans look at it."""
+    """What Triton's compiler would return, as far as captured launches look at it."""
     types, _, _ = signature_of(found)
     sizes = [BYTES.get(kind, 8) for kind in types.values() if kind != "constexpr"] + [8, 8]
     lines = ",\n".join(f"\t.param .u{8 * size} k_param_{index}" for index, size in enumerate(sizes))
@@ -115,17 +115,17 @@ class Rig:
 
 
 @contextmanager
-def rigged(compiled_for=stand_in, watch=plans.watch):
-    """(rig, {op: its callable}) with fresh plans."""
+def rigged(compiled_for=stand_in, capture=cache.capture):
+    """(rig, {op: its callable}) with fresh captured launches."""
     rig, namespace = Rig(compiled_for), f"{NAMESPACE}_{next(NUMBERS)}"
     library = torch.library.Library(namespace, "DEF")
     LIBRARIES.append(library)
     for op, kernel in KERNELS.items():
         library.define(str(getattr(torch.ops.gradkernels, op).default._schema).removeprefix("gradkernels::"))
-        _C.implement(f"{namespace}::{op}", "CPU", kernel, watch)
+        _C.implement(f"{namespace}::{op}", "CPU", kernel, capture)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "run", rig.run))
-        stack.enter_context(mock.patch.object(plans, "can_launch", return_value=True))
+        stack.enter_context(mock.patch.object(cache, "can_launch", return_value=True))
         _C.set_launch_function(ctypes.cast(rig.callback, ctypes.c_void_p).value)
         ops = {op: getattr(getattr(torch.ops, namespace), op).default for op in KERNELS}
         yield rig, ops
@@ -133,8 +133,8 @@ def rigged(compiled_for=stand_in, watch=plans.watch):
 
 
 def counts(op):
-    """{"kinds", "plans", "replays"} of an op of a rig."""
-    return _C.plans_of(op._schema.name)
+    """{"kinds", "captured launches", "replays"} of an op of a rig."""
+    return _C.caches_of(op._schema.name)
 
 
 def for_hopper(found, handle):
@@ -164,7 +164,7 @@ def normalised(launches, args, outputs):
 
     def name(address):
         for kind, k, t in owners:
-            if t.data_ptr() <= address < t.data_ptr() + plans.extent(t):
+            if t.data_ptr() <= address < t.data_ptr() + cache.extent(t):
                 return kind, k, address - t.data_ptr()
         return ("temporary", temporaries.setdefault(address, len(temporaries))) if address else "null"
 
@@ -190,7 +190,7 @@ def form(result):
 
 
 def check_replay(rig, op, kernel, make_args):
-    """The third call of a kind and all later ones launch from C++ what `kernel`, the Python function, launches."""
+    """The third call of a signature and all later ones launch from C++ what `kernel`, the Python function, launches."""
     for _ in range(3):  # the third is Python's too where it is the thread's first launch
         op(*make_args())
     rig.take()

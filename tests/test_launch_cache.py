@@ -9,13 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from plan_rig import check_replay, for_hopper, rigged, rows, stand_in, table
+from launch_rig import check_replay, for_hopper, rigged, rows, stand_in, table
 
 from benchmarks.codegen import TARGETS, compile_for, tool
 from gradkernels.library import _C
 from gradkernels.testing import DTYPES, randn
 from gradkernels.triton import KERNELS
-from gradkernels.triton import launch_cache as plans
+from gradkernels.triton import launch_cache as cache
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -105,7 +105,7 @@ def test_float32_residual_and_two_dimensions():
 
 
 def test_layouts():
-    """Rows with a stride of their own, and dense tensors in another order of dimensions, are no copies: they have plans."""
+    """Rows with a stride of their own, and dense tensors in another order of dimensions, are no copies: they have captured launches."""
     check(lambda: {"layer_norm_fwd": (randn(9, 100)[:, :64], randn(64), None, 1, 1e-6)})
     check(lambda: {"gelu_bwd": (randn(4, 6, 8).transpose(0, 2), randn(4, 6, 8).transpose(0, 2), True, None)})
     check(lambda: {"take_rows": (table(7), rows(7))})
@@ -134,23 +134,23 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_wrong_plan_is_seen(mutation):
-    """The comparison fails for a plan with one thing wrong, in the first launch or the last."""
+def test_a_wrong_capture_is_seen(mutation):
+    """The comparison fails for a captured launches with one thing wrong, in the first launch or the last."""
 
-    def watch(index, kernel, *args):
-        result, plan = plans.watch(kernel, *args)
-        plan[1][index] = MUTATIONS[mutation](plan[1][index])
-        return result, plan
+    def capture(index, kernel, *args):
+        result, captured = cache.capture(kernel, *args)
+        captured[1][index] = MUTATIONS[mutation](captured[1][index])
+        return result, captured
 
     for index in (0, -1):
         with pytest.raises(AssertionError):
-            check(partial(norm_calls, (9, 40), BF16, True), only=["layer_norm_bwd"], watch=partial(watch, index))
+            check(partial(norm_calls, (9, 40), BF16, True), only=["layer_norm_bwd"], capture=partial(capture, index))
 
 
 @pytest.mark.parametrize("what", ["outputs", "allocation", "launches"])
 def test_a_wrong_outcome_is_seen(what):
-    def watch(kernel, *args):
-        result, (allocations, launches, outputs, kept) = plans.watch(kernel, *args)
+    def capture(kernel, *args):
+        result, (allocations, launches, outputs, kept) = cache.capture(kernel, *args)
         if what == "outputs":
             outputs = [outputs[0], outputs[2], outputs[1]]
         elif what == "allocation":
@@ -160,17 +160,17 @@ def test_a_wrong_outcome_is_seen(what):
         return result, (allocations, launches, outputs, kept)
 
     with pytest.raises(AssertionError):
-        check(partial(norm_calls, (9, 40), BF16, True), only=["layer_norm_bwd"], watch=watch)
+        check(partial(norm_calls, (9, 40), BF16, True), only=["layer_norm_bwd"], capture=capture)
 
 
-def walk_calls(T, B, H, P, dtype, dy=True, on=True, reverse=False):
-    """{op: its arguments} of a padded walk of an LSTM layer in both directions of time; P: units of a projection, or 0."""
+def recurrence_calls(T, B, H, P, dtype, dy=True, on=True, reverse=False):
+    """{op: its arguments} of a padded recurrence of an LSTM layer in both directions of time; P: units of a projection, or 0."""
     rows, P, wide, projected = T * B, P or H, torch.float64 if dtype is torch.float64 else F32, P > 0
     operand = F32 if dtype is torch.float16 else dtype
     make, empty = partial(randn, dtype=dtype), partial(torch.empty, dtype=wide)
     programs = -(-max(H, P) // 16) * -(-B // 32)
     return {
-        "lstm_steps_fwd": (
+        "lstm_stepwise_fwd": (
             randn(rows, 4 * H, dtype=wide),
             make(4 * H, P),
             make(P, H) if projected else None,
@@ -181,7 +181,7 @@ def walk_calls(T, B, H, P, dtype, dy=True, on=True, reverse=False):
             reverse,
             False,
         ),
-        "lstm_steps_bwd": (
+        "lstm_stepwise_bwd": (
             make(rows, P) if dy else None,
             randn(B, P, dtype=wide),
             randn(B, H, dtype=wide),
@@ -204,23 +204,23 @@ def walk_calls(T, B, H, P, dtype, dy=True, on=True, reverse=False):
 
 @pytest.mark.parametrize("projection", [0, 24])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_walks_through_time(dtype, projection):
+def test_time_loops(dtype, projection):
     """A launch a step, two with a projection; backward one step more, and the scan of what comes in."""
     for options in ({}, {"dy": False, "on": False}, {"reverse": True}):
-        seen = check(partial(walk_calls, 5, 35, 40, projection, dtype, **options))
+        seen = check(partial(recurrence_calls, 5, 35, 40, projection, dtype, **options))
         each = 2 if projection else 1
-        assert len(seen["lstm_steps_fwd"]) == 5 * each
-        assert len(seen["lstm_steps_bwd"]) == 1 + 6 * each
+        assert len(seen["lstm_stepwise_fwd"]) == 5 * each
+        assert len(seen["lstm_stepwise_bwd"]) == 1 + 6 * each
 
 
-def test_walks_need_no_other_kernels_for_other_lengths_and_batches():
-    """What Triton would specialise kernels on, in all launches of a walk, is the same for every T and B."""
+def test_recurrences_need_no_other_kernels_for_other_lengths_and_batches():
+    """What Triton would specialise kernels on, in all launches of a recurrence, is the same for every T and B."""
     with rigged() as (rig, ops):
         for T, B in ((2, 1), (5, 35), (16, 16), (33, 64), (64, 100)):
             for projection in (0, 24):
-                for op, args in walk_calls(T, B, 40, projection, BF16).items():
+                for op, args in recurrence_calls(T, B, 40, projection, BF16).items():
                     ops[op](*args)
-            assert len(rig.compiled) == 8  # forward, what comes in, backward; and with a projection one more of both walks
+            assert len(rig.compiled) == 8  # forward, what comes in, backward; and with a projection one more of both recurrences
 
 
 def parameter_table(compiled):
@@ -245,17 +245,17 @@ def test_parameters_are_the_compiled_kernels():
     check(lambda: {"take_rows": (table(7), rows(7))}, compiled_for)
     seen = check(partial(norm_calls, (9, 512), BF16, True, narrow=True), compiled_for)
     check(partial(norm_calls, (5, 20000), F32, True), compiled_for)
-    check(partial(walk_calls, 3, 5, 32, 16, BF16), compiled_for)
+    check(partial(recurrence_calls, 3, 5, 32, 16, BF16), compiled_for)
     assert len(seen["layer_norm_bwd"]) == 2
     assert {"gelu_fwd_kernel", "gelu_bwd_kernel", "residual_bwd_kernel", "probe_bwd_kernel", "take_rows_kernel"} <= set(kernels)
     assert {f"norm_{what}_kernel" for what in ("fwd", "bwd", "fwd_looped", "bwd_looped", "finalize")} <= set(kernels)
     assert {f"lstm_{way}_{what}_kernel" for way in ("fwd", "bwd") for what in ("step", "project")} <= set(kernels)
     for found, compiled in kernels.values():
-        sizes = plans.declared_sizes(compiled)
+        sizes = cache.declared_sizes(compiled)
         offsets, end = [], 0
         for size in sizes:
             offsets.append(-(-end // size) * size)
             end = offsets[-1] + size
         assert parameter_table(compiled) == list(zip(offsets, sizes, strict=True))
-        assert plans.declared_sizes(compile_for(found, TARGETS["gfx942"])) == sizes
-        assert plans.is_plain(compiled.metadata)
+        assert cache.declared_sizes(compile_for(found, TARGETS["gfx942"])) == sizes
+        assert cache.is_plain(compiled.metadata)

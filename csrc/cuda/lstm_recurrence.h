@@ -1,4 +1,4 @@
-// What both walks through time share: how a block holds its slice of W_hh, multiplies it by the rows that the blocks exchange,
+// What both time loops share: how a block holds its slice of W_hh, multiplies it by the rows that the blocks exchange,
 // and meets the others. The body of the kernels: no CUDA in here, what is special to a device is behind device.h.
 //
 // Blocks of one group of batch rows exchange h (forward) or dG (backward) through two buffers, one read while the other is
@@ -10,15 +10,15 @@
 
 #include "../fields.h"
 #include "device.h"
-#include "lstm_plan.h"
+#include "lstm_tiling.h"
 
 namespace gk {
 
-struct Walk {
-  Plan plan;
+struct Recurrence {
+  Tiling tiling;
   int64_t T, B, H;
   const int64_t* offsets;  // (T + 1,): the first row of each step; null where all steps have B rows
-  bool reverse;            // the forward pass walks from the last step to the first
+  bool reverse;            // the forward pass goes from the last step to the first
   Words* exchange;         // (2, groups, exchange_words), zeros; unused by one block
   uint64_t* flags;         // (2, groups, slices), zeros
 };
@@ -27,7 +27,7 @@ struct Step {
   int64_t first = 0, rows = 0;  // none where there is no such step
 };
 
-GK_DEVICE Step step_at(const Walk& w, int64_t t) {
+GK_DEVICE Step step_at(const Recurrence& w, int64_t t) {
   if (t < 0 || t >= w.T) return {};
   if (!w.offsets) return {t * w.B, w.B};
   return {w.offsets[t], w.offsets[t + 1] - w.offsets[t]};
@@ -39,7 +39,7 @@ struct Place {
   int k_begin, k_end;  // k blocks of this warp
   int slice, group;
 
-  GK_DEVICE explicit Place(const Plan& p) {
+  GK_DEVICE explicit Place(const Tiling& p) {
     lane = device::thread() % 32;
     warp = device::thread() / 32;
     k_warp = warp % p.k_warps;
@@ -60,7 +60,7 @@ struct Head {
   float forget[WARPS];
   uint32_t counts[2][WARPS];
 };
-static_assert(sizeof(Head) <= HEAD_BYTES, "the head of shared memory is larger than planned");
+static_assert(sizeof(Head) <= HEAD_BYTES, "the head of shared memory is larger than tiled");
 
 struct Memory {
   Head* head;
@@ -68,7 +68,7 @@ struct Memory {
   float* sums;      // [k warp][row tile][row][COLUMNS], the partial products
   Words* exchange;  // of one block alone
 
-  GK_DEVICE explicit Memory(const Plan& p) {
+  GK_DEVICE explicit Memory(const Tiling& p) {
     char* base = device::shared();
     head = reinterpret_cast<Head*>(base);
     weights = reinterpret_cast<Words*>(base + HEAD_BYTES);
@@ -84,8 +84,8 @@ struct Cell {
   int sums, exchange;  // offsets: of its first sum in its row tile's, and of its first element in an exchange buffer
 
   // `rows`: of the product, a unit. Forward rows are [8 units][gate][unit], so gate g is 8 g rows further.
-  GK_DEVICE Cell(const Walk& w, const Place& place, int index, bool backward) {
-    const Plan& p = w.plan;
+  GK_DEVICE Cell(const Recurrence& w, const Place& place, int index, bool backward) {
+    const Tiling& p = w.tiling;
     const int local = device::thread() + index * THREADS, u = local & (p.units - 1), b = local / p.units;
     unit = place.slice * p.units + u;
     row = place.group * p.rows() + b;
@@ -133,7 +133,7 @@ struct BackwardWeights {
   }
 };
 
-// The part of W_hh that a block multiplies by at every step: it stays where it is for the whole walk.
+// The part of W_hh that a block multiplies by at every step: it stays where it is for the whole recurrence.
 template <typename T, int M, int TURNS, int RESIDENT>
 struct Stationary {
   static constexpr int SLOTS = RESIDENT / (2 * M) / TURNS;  // k blocks of a tile in registers
@@ -141,7 +141,7 @@ struct Stationary {
   Words* others;
 
   template <typename Weights>
-  GK_DEVICE Stationary(const Plan& p, const Place& place, const Memory& memory, const Weights& weights) {
+  GK_DEVICE Stationary(const Tiling& p, const Place& place, const Memory& memory, const Weights& weights) {
     const int tile_units = p.units / (p.unit_warps * TURNS), length = place.k_end - place.k_begin;
     others = memory.weights + (place.unit_warp * p.k_warps + place.k_warp) * TURNS * p.shared_weights * 2 * M * 32;
     GK_UNROLL
@@ -179,7 +179,7 @@ struct Stationary {
 
   // This warp's part of W_hh times the rows in `exchange`, into its part of `sums`. All warps must meet before these are read.
   template <bool LOCAL>
-  GK_DEVICE void multiply(const Plan& p, const Place& place, const Words* exchange, float* sums) const {
+  GK_DEVICE void multiply(const Tiling& p, const Place& place, const Words* exchange, float* sums) const {
     const int length = place.k_end - place.k_begin, rows = 16 * M * TURNS * p.unit_warps, stride = p.row_tiles * 32;
     const auto load = [&](const Words* source) { return LOCAL ? *source : device::load_foreign(source); };
     GK_ROLLED
@@ -231,7 +231,7 @@ struct Stationary {
 };
 
 // The sum over the k warps of row `row` (counted from the cell's own) of the product.
-GK_DEVICE float sum_at(const Plan& p, const float* sums, const Cell& cell, int row) {
+GK_DEVICE float sum_at(const Tiling& p, const float* sums, const Cell& cell, int row) {
   const int stride = p.sum_bytes / (4 * p.k_warps);
   float total = 0;
   for (int k = 0; k < p.k_warps; ++k) total += sums[k * stride + cell.sums + row * COLUMNS];
@@ -251,11 +251,11 @@ GK_DEVICE uint32_t code_of(uint32_t magnitude_bits) {
 // block knows the largest of all when it goes on. Two sets of flags take turns: nobody can be two rounds ahead.
 template <bool LOCAL>
 struct Meeting {
-  const Walk& w;
+  const Recurrence& w;
   const Place& place;
   Head* head;
 
-  GK_DEVICE uint64_t* flags(int64_t round) const { return w.flags + (round % 2 * w.plan.groups + place.group) * w.plan.slices; }
+  GK_DEVICE uint64_t* flags(int64_t round) const { return w.flags + (round % 2 * w.tiling.groups + place.group) * w.tiling.slices; }
 
   // After this the block's other stores may follow: only what has been written before is waited for.
   GK_DEVICE void arrive(int64_t round, uint32_t largest, uint32_t incoming) const {
@@ -286,7 +286,7 @@ struct Meeting {
     }
     if (place.warp == 0) {
       uint32_t codes[2] = {0, 0};
-      for (int slice = place.lane; slice < w.plan.slices; slice += 32) {
+      for (int slice = place.lane; slice < w.tiling.slices; slice += 32) {
         const uint64_t value = await(flags(round) + slice, static_cast<uint32_t>(round + 1));
         const uint32_t theirs[2] = {static_cast<uint32_t>(value >> 16) & 0xffff, static_cast<uint32_t>(value) & 0xffff};
         GK_UNROLL

@@ -1,4 +1,4 @@
-"""What a launch plan is made of (triton/launch_cache.py): one call at a time, with launches that are only told of."""
+"""What a captured launches is made of (triton/launch_cache.py): one call at a time, with launches that are only told of."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton.backends.compiler import GPUTarget
 
-from gradkernels.triton import launch_cache as plans
-from gradkernels.triton.launch_cache import LITERAL, watch
+from gradkernels.triton import launch_cache as cache
+from gradkernels.triton.launch_cache import LITERAL, capture
 
 X = torch.arange(12.0).view(3, 4)
 CONSTANT = torch.ones(3)
@@ -21,7 +21,7 @@ SCRATCH = [(LITERAL, 0), (LITERAL, 0)]
 
 def kernel_of(**kinds):
     """A compiled kernel with parameters of these types, 4 warps of 64 lanes."""
-    sizes = [8 * (8 if kind.startswith("*") else plans.size_of(kind)) for kind in kinds.values() if kind != "constexpr"]
+    sizes = [8 * (8 if kind.startswith("*") else cache.size_of(kind)) for kind in kinds.values() if kind != "constexpr"]
     lines = ",\n".join(f"\t.param .u{size} k_param_{k}" for k, size in enumerate([*sizes, 64, 64]))
     metadata = SimpleNamespace(name="k", num_warps=4, target=GPUTarget("hip", "gfx942", 64), shared=32)
     text = f".visible .entry k(\n{lines}\n)\n{{\n"
@@ -36,10 +36,10 @@ def tell(x, y, compiled=POINTERS, grid=(5,), **values):
     _get_current_dispatch_mode().launched(compiled, grid, {"x_ptr": x, "y_ptr": y, "N": 4, **values})
 
 
-def plan_of(work, *inputs):
-    """The plan of work(*inputs), on a device that C++ can launch on."""
-    with mock.patch.object(plans, "can_launch", return_value=True):
-        return watch(work, *inputs)[1]
+def captured_launches_of(work, *inputs):
+    """The captured launches of work(*inputs), on a device that C++ can launch on."""
+    with mock.patch.object(cache, "can_launch", return_value=True):
+        return capture(work, *inputs)[1]
 
 
 def test_plan():
@@ -52,7 +52,7 @@ def test_plan():
         tell(temporary.view(-1)[3:], y.t()[1:], grid=(2, 3))
         return y
 
-    allocations, launches, outputs, kept = plan_of(work, X)
+    allocations, launches, outputs, kept = captured_launches_of(work, X)
     assert allocations == [([3, 4], [4, 1], torch.float32), ([4, 3], [3, 1], torch.float64)]
     assert launches == [
         ("k", 7, (5, 1, 1), 256, 32, [(0, 0), (1, 0), *SCRATCH]),
@@ -67,8 +67,8 @@ def test_nothing_and_several_outputs():
         tell(first, second)
         return second, first
 
-    assert plan_of(work, X)[2] == [1, 0]
-    assert plan_of(lambda x: tell(x, x.view(-1)[:0]), X)[:3] == (
+    assert captured_launches_of(work, X)[2] == [1, 0]
+    assert captured_launches_of(lambda x: tell(x, x.view(-1)[:0]), X)[:3] == (
         [],
         [("k", 7, (5, 1, 1), 256, 32, [(0, 0), *[(LITERAL, 0)] * 3])],
         [],
@@ -95,7 +95,7 @@ def test_outputs_are_allocations(output):
         tell(x, y)
         return NOT_THE_ALLOCATION[output](y)
 
-    assert plan_of(work, X) is None
+    assert captured_launches_of(work, X) is None
 
 
 SIDE_EFFECTS = {
@@ -120,14 +120,14 @@ def test_what_is_not_understood(effect):
         return y
 
     memory = torch.zeros(13)[:12].view(3, 4)
-    assert plan_of(work, memory) is None
+    assert captured_launches_of(work, memory) is None
 
 
 def test_the_end_of_a_tensor_is_in_it():
     last = torch.zeros(20)[4:16]
-    *_, parameters = plan_of(lambda x: tell(x[11:], x), last)[1][0]
+    *_, parameters = captured_launches_of(lambda x: tell(x[11:], x), last)[1][0]
     assert parameters[:2] == [(0, 44), (0, 0)]
-    assert plan_of(lambda x: tell(torch.as_strided(x, (1,), (1,), 3), x), last) is None
+    assert captured_launches_of(lambda x: tell(torch.as_strided(x, (1,), (1,), 3), x), last) is None
 
 
 @pytest.mark.parametrize(
@@ -136,18 +136,18 @@ def test_the_end_of_a_tensor_is_in_it():
 )
 def test_literals(kind, value, bits):
     compiled = kernel_of(x_ptr="*fp32", y_ptr="*fp32", number=kind, N="constexpr")
-    *_, parameters = plan_of(lambda x: tell(x, x.view(-1)[:0], compiled, number=value), X)[1][0]
+    *_, parameters = captured_launches_of(lambda x: tell(x, x.view(-1)[:0], compiled, number=value), X)[1][0]
     assert parameters == [(0, 0), (LITERAL, 0), (LITERAL, bits), *SCRATCH]
 
 
 def test_where_the_stream_is_another_s():
     """C++ launches on PyTorch's current stream; where it sees another one than Python does, everything stays in Python."""
     for ours, theirs in ((1, 1), (1, 2)):
-        plans.can_launch.cache_clear()
+        cache.can_launch.cache_clear()
         with (
-            mock.patch.object(plans, "_C", mock.Mock(**{"stream_of.return_value": ours})),
+            mock.patch.object(cache, "_C", mock.Mock(**{"stream_of.return_value": ours})),
             mock.patch("torch.cuda.current_stream", return_value=SimpleNamespace(cuda_stream=theirs)),
-            mock.patch.object(plans, "launch_address", return_value=0),
+            mock.patch.object(cache, "launch_address", return_value=0),
         ):
-            assert plans.can_launch(torch.device("cuda", 0)) == (ours == theirs)
-    plans.can_launch.cache_clear()
+            assert cache.can_launch(torch.device("cuda", 0)) == (ours == theirs)
+    cache.can_launch.cache_clear()

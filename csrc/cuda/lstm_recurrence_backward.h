@@ -1,4 +1,4 @@
-// The walk back: one block owns `units` units of one group of batch rows. It forms their dG, which all blocks of the group
+// The backward recurrence: one block owns `units` units of one group of batch rows. It forms their dG, which all blocks of the group
 // then multiply by their columns of W_hh.
 //
 // dh and dc are carried times a power of two, chosen at each step from the largest magnitude of the step after, so that a
@@ -6,22 +6,22 @@
 // back. A group of rows has a scale of its own.
 #pragma once
 
-#include "lstm_walk.h"
+#include "lstm_recurrence.h"
 
 namespace gk {
 
 constexpr int NOTHING = 1 << 30;  // the exponent of a step at which a group of rows had only zeros
 
 struct Backward {
-  Walk walk;
+  Recurrence recurrence;
   const uint16_t *weight_hh, *dy;  // dy: null where none came
   const float *c0, *gates, *cells;
   float *dh, *dc;  // (B, H): dh_n and dc_n on entry, dh0 and dc0 on return
   uint16_t* dgates;
   double* partials;    // (T, programs, NUM_SUMS); null without telemetry
   int32_t* exponents;  // (groups, T) of each step's scale; null without telemetry
-  // A walk may be cut into spans of steps of B rows, a launch each. (groups, 2) or longer: the exponent of the scale in which
-  // dh and dc pass from one to the next, and the code of the largest magnitude, so that bits are those of one walk.
+  // A recurrence may be cut into spans of steps of B rows, a launch each. (groups, 2) or longer: the exponent of the scale in which
+  // dh and dc pass from one to the next, and the code of the largest magnitude, so that bits are those of one recurrence.
   int32_t* carry;
   bool resumes, pauses;  // dh and dc are so passed on entry, on return
 };
@@ -76,19 +76,19 @@ struct BackwardCells {
   GK_DEVICE void load_dy(const Backward& p, const Place& place, const Step& next) {
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
+      const Cell cell(p.recurrence, place, i, true);
       dy[i] = dy_next[i];
       dy_next[i] = 0;
       if (!p.dy || !cell.there || cell.row >= next.rows) continue;
-      dy_next[i] = device::widen(T{p.dy[(next.first + cell.row) * p.walk.H + cell.unit]});
+      dy_next[i] = device::widen(T{p.dy[(next.first + cell.row) * p.recurrence.H + cell.unit]});
     }
   }
 
   GK_DEVICE void load(const Backward& p, const Place& place, const Step& step, const Step& earlier) {
-    const int64_t H = p.walk.H;
+    const int64_t H = p.recurrence.H;
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
+      const Cell cell(p.recurrence, place, i, true);
       if (!cell.there || cell.row >= step.rows) continue;
       const int64_t row = step.first + cell.row;
       GK_UNROLL
@@ -104,7 +104,7 @@ struct BackwardCells {
     uint32_t result = 0;
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
+      const Cell cell(p.recurrence, place, i, true);
       if (!cell.there || cell.row >= next.rows) continue;
       result = larger(result, dy_next[i]);
       if (cell.row >= live) result = larger(larger(result, dh[i]), dc[i]);
@@ -124,10 +124,10 @@ struct BackwardCells {
     uint32_t largest = 0;
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
+      const Cell cell(p.recurrence, place, i, true);
       if (!cell.there) continue;
       const bool carried = cell.row < live;
-      const float before = carried ? sum_at(p.walk.plan, memory.sums, cell, 0) : dh[i];
+      const float before = carried ? sum_at(p.recurrence.tiling, memory.sums, cell, 0) : dh[i];
       if (cell.row >= step.rows) {
         if (carried) leave(p, cell, i, before, last_back);
         continue;
@@ -158,32 +158,32 @@ struct BackwardCells {
 
   // What comes from the step after lies where the product would have left it.
   GK_DEVICE void resume(const Backward& p, const Place& place, float* sums) const {
-    const Plan& plan = p.walk.plan;
+    const Tiling& tiling = p.recurrence.tiling;
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
-      for (int k = 0; cell.there && k < plan.k_warps; ++k) {
-        sums[k * (plan.sum_bytes / (4 * plan.k_warps)) + cell.sums] = k == 0 ? dh[i] : 0.0f;
+      const Cell cell(p.recurrence, place, i, true);
+      for (int k = 0; cell.there && k < tiling.k_warps; ++k) {
+        sums[k * (tiling.sum_bytes / (4 * tiling.k_warps)) + cell.sums] = k == 0 ? dh[i] : 0.0f;
       }
     }
   }
 
-  // A row leaves the walk: what it carries is the gradient of its initial state.
+  // A row leaves the time loop: what it carries is the gradient of its initial state.
   GK_DEVICE void leave(const Backward& p, const Cell& cell, int i, float before, float back) const {
-    p.dh[cell.row * p.walk.H + cell.unit] = before * back;
-    p.dc[cell.row * p.walk.H + cell.unit] = dc[i] * back;
+    p.dh[cell.row * p.recurrence.H + cell.unit] = before * back;
+    p.dc[cell.row * p.recurrence.H + cell.unit] = dc[i] * back;
   }
 
   GK_DEVICE void store(const Backward& p, const Place& place, const Step& step, float back) const {
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
+      const Cell cell(p.recurrence, place, i, true);
       if (!cell.there || cell.row >= step.rows) continue;
       GK_UNROLL
       for (int gate = 0; gate < 4; ++gate) {
         T v;
         device::narrow(dg[i][gate] * back, v);
-        p.dgates[((step.first + cell.row) * 4 + gate) * p.walk.H + cell.unit] = v.bits;
+        p.dgates[((step.first + cell.row) * 4 + gate) * p.recurrence.H + cell.unit] = v.bits;
       }
     }
   }
@@ -196,7 +196,7 @@ struct BackwardCells {
     uint32_t counts[2] = {0, 0};  // a byte a count: a warp has at most 32 x 4 cells
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, true);
+      const Cell cell(p.recurrence, place, i, true);
       if (!cell.there || cell.row >= step.rows) continue;
       squares[0] += static_cast<double>(total[i]) * total[i];
       squares[1] += static_cast<double>(total_dc[i]) * total_dc[i];
@@ -236,25 +236,25 @@ GK_DEVICE void store_sums(const Backward& p, int64_t t, const Head* head) {
       total += head->forget[warp];
     }
   }
-  p.partials[(t * p.walk.plan.programs() + device::block()) * NUM_SUMS + k] = total;
+  p.partials[(t * p.recurrence.tiling.programs() + device::block()) * NUM_SUMS + k] = total;
 }
 
 template <typename T, int M, bool LOCAL, bool TELEMETRY>
-GK_DEVICE void walk_backward(const Backward& p) {
+GK_DEVICE void recurrence_backward(const Backward& p) {
   constexpr int CELLS = LOCAL ? CELLS_LOCAL : CELLS_GRID;
-  const Walk& w = p.walk;
-  const Plan& plan = w.plan;
-  const Place place(plan);
-  const Memory memory(plan);
+  const Recurrence& w = p.recurrence;
+  const Tiling& tiling = w.tiling;
+  const Place place(tiling);
+  const Memory memory(tiling);
   const Meeting<LOCAL> meeting{w, place, memory.head};
-  const Stationary<T, M, 1, RESIDENT_BWD> weights(plan, place, memory, BackwardWeights{p.weight_hh, w.H});
+  const Stationary<T, M, 1, RESIDENT_BWD> weights(tiling, place, memory, BackwardWeights{p.weight_hh, w.H});
   const auto exchange = [&](int64_t round) {
     const int64_t buffer = round % 2;
-    return LOCAL ? memory.exchange + buffer * plan.exchange_words
-                 : w.exchange + (buffer * plan.groups + place.group) * plan.exchange_words;
+    return LOCAL ? memory.exchange + buffer * tiling.exchange_words
+                 : w.exchange + (buffer * tiling.groups + place.group) * tiling.exchange_words;
   };
   if (LOCAL) {
-    for (int i = device::thread(); i < 2 * plan.exchange_words; i += THREADS) memory.exchange[i] = {0, 0, 0, 0};
+    for (int i = device::thread(); i < 2 * tiling.exchange_words; i += THREADS) memory.exchange[i] = {0, 0, 0, 0};
   }
   const auto step_back_at = [&](int64_t n) { return step_at(w, w.reverse ? n : w.T - 1 - n); };
 
@@ -286,7 +286,7 @@ GK_DEVICE void walk_backward(const Backward& p) {
     const int64_t t = w.reverse ? n : w.T - 1 - n;
     const float last_back = scale.back;
     scale.choose<T>(largest, incoming);
-    if (n > 0) weights.template multiply<LOCAL>(plan, place, exchange(n + 1), memory.sums);
+    if (n > 0) weights.template multiply<LOCAL>(tiling, place, exchange(n + 1), memory.sums);
     device::sync();
     if (TELEMETRY && n > 0) store_sums(p, w.reverse ? t - 1 : t + 1, memory.head);
     const uint32_t own = cells.step_back(p, place, memory, scale, last_back, step, live, exchange(n));
@@ -300,10 +300,10 @@ GK_DEVICE void walk_backward(const Backward& p) {
     cells.load(p, place, step, next);
     meeting.wait(n + 1, largest, incoming);
     if (TELEMETRY && device::thread() == 0 && place.slice == 0) {
-      p.exponents[place.group * w.T + t] = largest == 0 && plan.groups > 1 ? NOTHING : scale.exponent;
+      p.exponents[place.group * w.T + t] = largest == 0 && tiling.groups > 1 ? NOTHING : scale.exponent;
     }
   }
-  weights.template multiply<LOCAL>(plan, place, exchange(w.T + 1), memory.sums);
+  weights.template multiply<LOCAL>(tiling, place, exchange(w.T + 1), memory.sums);
   device::sync();
   if (TELEMETRY) store_sums(p, w.reverse ? w.T - 1 : 0, memory.head);
   if (p.pauses && device::thread() == 0 && place.slice == 0) {
@@ -314,24 +314,24 @@ GK_DEVICE void walk_backward(const Backward& p) {
   GK_UNROLL
   for (int i = 0; i < CELLS; ++i) {
     const Cell cell(w, place, i, true);
-    if (cell.there && cell.row < live) cells.leave(p, cell, i, sum_at(plan, memory.sums, cell, 0), back);
+    if (cell.there && cell.row < live) cells.leave(p, cell, i, sum_at(tiling, memory.sums, cell, 0), back);
   }
 }
 
 // The groups' statistics of one step in one scale, the least of them: what would be lost is nothing beside the largest.
 // One call a (step, program).
 GK_DEVICE void align_sums(const Backward& p, int64_t t, int program, int32_t* exponents) {
-  const int groups = p.walk.plan.groups, group = program / p.walk.plan.slices;
+  const int groups = p.recurrence.tiling.groups, group = program / p.recurrence.tiling.slices;
   int least = NOTHING;
   for (int other = 0; other < groups; ++other) {
-    const int exponent = p.exponents[other * p.walk.T + t];
+    const int exponent = p.exponents[other * p.recurrence.T + t];
     least = exponent < least ? exponent : least;
   }
-  const int own = p.exponents[group * p.walk.T + t];
+  const int own = p.exponents[group * p.recurrence.T + t];
   if (program == 0) exponents[t] = least == NOTHING ? 0 : least;
   if (own == NOTHING || own == least) return;
   const double factor = ldexp(1.0, 2 * (least - own));
-  for (int k = 0; k < NUM_NORMS; ++k) p.partials[(t * p.walk.plan.programs() + program) * NUM_SUMS + k] *= factor;
+  for (int k = 0; k < NUM_NORMS; ++k) p.partials[(t * p.recurrence.tiling.programs() + program) * NUM_SUMS + k] *= factor;
 }
 
 }  // namespace gk

@@ -22,8 +22,8 @@ struct Limits {
 
 // A warp multiplies M tiles of 16 rows at a time (fwd: 4 units with their 4 gates each; bwd: 16 units) by 8 batch rows, over
 // blocks of 32 along K (fwd: H; bwd: 4 H). The 8 warps of a block are `unit_warps` x `row_warps` x `k_warps`.
-struct Plan {
-  int M = 0;           // 0: no plan, the layer does not fit
+struct Tiling {
+  int M = 0;           // 0: no tiling, the layer does not fit
   bool local = false;  // one block holds all units: nothing to wait for
   int unit_warps = 1, row_warps = 1, k_warps = 1;
   int turns = 1;                             // tiles of one warp, one after the other
@@ -40,7 +40,7 @@ struct Plan {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a step is predicted to cost, in cycles of an SM. No GPU has confirmed it yet; it chooses between plans, no more.
+// What a step is predicted to cost, in cycles of an SM. No GPU has confirmed it yet; it chooses between tilings, no more.
 struct Cost {
   int64_t meeting = 0, exchange = 0, products = 0, weights = 0, sums = 0, cells = 0;
 
@@ -51,7 +51,7 @@ struct Cost {
 // poll; within a block four barriers of 40. Exchange: an SM gets 64 bytes a cycle out of L2 and all together 24 each (shared
 // memory: 128), 300 of latency for every CHUNK loads in a row. Products: 2 each, or 33 each in the longest chain. Weights and
 // partial sums: 128 bytes of shared memory a cycle. Cells: about 300 of latency, 150 for each turn of all threads.
-inline Cost predicted_cost(const Plan& p, const Limits& device) {
+inline Cost predicted_cost(const Tiling& p, const Limits& device) {
   const int64_t length = divide_up(p.k_blocks, p.k_warps), tiles = divide_up(p.row_tiles, p.row_warps) * p.turns;
   const int64_t bytes = int64_t{16} * p.exchange_words * p.unit_warps;
   const int64_t from_l2 = std::max(bytes / 64, bytes * p.programs() / (int64_t{24} * device.sms));
@@ -67,7 +67,7 @@ inline Cost predicted_cost(const Plan& p, const Limits& device) {
 }
 
 // Fills in what follows from the shape of a block; false where the device does not hold it.
-inline bool complete(Plan& p, int64_t B, int64_t H, bool backward, const Limits& device) {
+inline bool complete(Tiling& p, int64_t B, int64_t H, bool backward, const Limits& device) {
   const int tile_units = (backward ? 16 : 4) * p.M;
   const int slots = (backward ? RESIDENT_BWD : RESIDENT_FWD) / (2 * p.M) / p.turns;
   p.units = tile_units * p.unit_warps * p.turns;
@@ -86,9 +86,9 @@ inline bool complete(Plan& p, int64_t B, int64_t H, bool backward, const Limits&
   return true;
 }
 
-// The plan with the least predicted time of a step, or one with M = 0. A grid is planned with one block an SM.
-inline Plan plan_walk(int64_t B, int64_t H, bool backward, const Limits& device) {
-  Plan best;
+// The tiling with the least predicted time of a step, or one with M = 0. A grid is tiled with one block an SM.
+inline Tiling choose_tiling(int64_t B, int64_t H, bool backward, const Limits& device) {
+  Tiling best;
   const bool local = H <= LARGEST_LOCAL_H;
   if (B < 1 || H < 1 || B > (1 << 20) || H > 132 * 32) return best;
   for (int M = backward ? 1 : 2; M <= (backward ? 2 : 4); M *= 2) {
@@ -96,7 +96,7 @@ inline Plan plan_walk(int64_t B, int64_t H, bool backward, const Limits& device)
     for (int unit_warps = 1; unit_warps <= (local ? WARPS : 2); unit_warps *= 2) {
       for (int row_warps = 1; row_warps * unit_warps <= WARPS; row_warps *= 2) {
         for (int row_tiles = row_warps; row_tiles <= 16; ++row_tiles) {
-          Plan p;
+          Tiling p;
           p.M = M;
           p.local = local;
           p.turns = local && !backward ? 2 : 1;

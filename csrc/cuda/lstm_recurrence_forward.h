@@ -1,12 +1,12 @@
-// The forward walk: one block owns `units` units of one group of batch rows, all four gates of them, for all steps.
+// The forward recurrence: one block owns `units` units of one group of batch rows, all four gates of them, for all steps.
 #pragma once
 
-#include "lstm_walk.h"
+#include "lstm_recurrence.h"
 
 namespace gk {
 
 struct Forward {
-  Walk walk;
+  Recurrence recurrence;
   const uint16_t *weight_hh, *h0;
   const float* c0;
   float *gates, *cells;  // gates: preactivations of x with biases on entry, activated i f g o on return
@@ -24,33 +24,33 @@ struct ForwardCells {
   GK_DEVICE void load(const Forward& p, const Place& place, const Step& step) {
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, false);
+      const Cell cell(p.recurrence, place, i, false);
       if (!cell.there || cell.row >= step.rows) continue;
-      const float* source = p.gates + (step.first + cell.row) * 4 * p.walk.H + cell.unit;
+      const float* source = p.gates + (step.first + cell.row) * 4 * p.recurrence.H + cell.unit;
       GK_UNROLL
-      for (int gate = 0; gate < 4; ++gate) x[i][gate] = source[gate * p.walk.H];
+      for (int gate = 0; gate < 4; ++gate) x[i][gate] = source[gate * p.recurrence.H];
     }
   }
 
   GK_DEVICE void store(const Forward& p, const Place& place, const Step& step) const {
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.walk, place, i, false);
+      const Cell cell(p.recurrence, place, i, false);
       if (!cell.there || cell.row >= step.rows) continue;
       const int64_t row = step.first + cell.row;
       GK_UNROLL
-      for (int gate = 0; gate < 4; ++gate) p.gates[(row * 4 + gate) * p.walk.H + cell.unit] = x[i][gate];
-      p.cells[row * p.walk.H + cell.unit] = c[i];
-      p.y[row * p.walk.H + cell.unit] = h[i];
+      for (int gate = 0; gate < 4; ++gate) p.gates[(row * 4 + gate) * p.recurrence.H + cell.unit] = x[i][gate];
+      p.cells[row * p.recurrence.H + cell.unit] = c[i];
+      p.y[row * p.recurrence.H + cell.unit] = h[i];
     }
   }
 };
 
 // One step of one cell: x becomes the activated gates, c and h the new state.
 template <typename T>
-GK_DEVICE void forward_cell(const Plan& plan, const float* sums, const Cell& cell, float (&x)[4], float& c, uint16_t& h) {
+GK_DEVICE void forward_cell(const Tiling& tiling, const float* sums, const Cell& cell, float (&x)[4], float& c, uint16_t& h) {
   GK_UNROLL
-  for (int gate = 0; gate < 4; ++gate) x[gate] += sum_at(plan, sums, cell, 8 * gate);
+  for (int gate = 0; gate < 4; ++gate) x[gate] += sum_at(tiling, sums, cell, 8 * gate);
   x[0] = logistic(x[0]);
   x[1] = logistic(x[1]);
   x[2] = device::hyperbolic_tangent(x[2]);
@@ -63,22 +63,22 @@ GK_DEVICE void forward_cell(const Plan& plan, const float* sums, const Cell& cel
 
 // Rows that are not alive at a step keep their state: h0 and c0 before they begin (reverse), the last one after they end.
 template <typename T, int M, bool LOCAL>
-GK_DEVICE void walk_forward(const Forward& p) {
+GK_DEVICE void recurrence_forward(const Forward& p) {
   constexpr int CELLS = LOCAL ? CELLS_LOCAL : CELLS_GRID, TURNS = LOCAL ? 2 : 1;
-  const Walk& w = p.walk;
-  const Plan& plan = w.plan;
-  const Place place(plan);
-  const Memory memory(plan);
+  const Recurrence& w = p.recurrence;
+  const Tiling& tiling = w.tiling;
+  const Place place(tiling);
+  const Memory memory(tiling);
   const Meeting<LOCAL> meeting{w, place, memory.head};
   const bool aligned = w.H % 8 == 0 && reinterpret_cast<uintptr_t>(p.weight_hh) % 16 == 0;
-  const Stationary<T, M, TURNS, RESIDENT_FWD> weights(plan, place, memory, ForwardWeights{p.weight_hh, w.H, aligned});
+  const Stationary<T, M, TURNS, RESIDENT_FWD> weights(tiling, place, memory, ForwardWeights{p.weight_hh, w.H, aligned});
   const auto exchange = [&](int64_t round) {
     const int64_t buffer = round % 2;
-    return LOCAL ? memory.exchange + buffer * plan.exchange_words
-                 : w.exchange + (buffer * plan.groups + place.group) * plan.exchange_words;
+    return LOCAL ? memory.exchange + buffer * tiling.exchange_words
+                 : w.exchange + (buffer * tiling.groups + place.group) * tiling.exchange_words;
   };
   if (LOCAL) {
-    for (int i = device::thread(); i < 2 * plan.exchange_words; i += THREADS) memory.exchange[i] = {0, 0, 0, 0};
+    for (int i = device::thread(); i < 2 * tiling.exchange_words; i += THREADS) memory.exchange[i] = {0, 0, 0, 0};
     device::sync();
   }
 
@@ -98,13 +98,13 @@ GK_DEVICE void walk_forward(const Forward& p) {
 
   for (int64_t n = 0; n < w.T; ++n) {
     const Step next = step_at(w, w.reverse ? w.T - 2 - n : n + 1);
-    weights.template multiply<LOCAL>(plan, place, exchange(n), memory.sums);
+    weights.template multiply<LOCAL>(tiling, place, exchange(n), memory.sums);
     device::sync();
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
       const Cell cell(w, place, i, false);
       if (!cell.there) continue;
-      if (cell.row < step.rows) forward_cell<T>(plan, memory.sums, cell, cells.x[i], cells.c[i], cells.h[i]);
+      if (cell.row < step.rows) forward_cell<T>(tiling, memory.sums, cell, cells.x[i], cells.c[i], cells.h[i]);
       reinterpret_cast<uint16_t*>(exchange(n + 1))[cell.exchange] = cells.h[i];
     }
     if (n + 1 < w.T) meeting.arrive(n + 1);

@@ -1,7 +1,7 @@
-"""The walks of csrc/cuda on the host, through tests/cuda_on_host.cpp, and what they are compared with.
+"""The recurrences of csrc/cuda on the host, through tests/cuda_on_host.cpp, and what they are compared with.
 
-Each step forward is compared with its formula in float64, from what the walk itself gave for the step before, so that the
-tolerance is the rounding of one step. The walk back is compared as a whole, with dG rounded as the walk rounds it.
+Each step forward is compared with its formula in float64, from what the recurrence itself gave for the step before, so that the
+tolerance is the rounding of one step. The backward recurrence is compared as a whole, with dG rounded as the recurrence rounds it.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ H100 = (132, 232448)  # multiprocessors, bytes of shared memory a block may have
 NUM_SUMS = 11
 DTYPES = (torch.bfloat16, torch.float16)
 DONE, GIVEN_UP, NO_PLAN = 0, 1, 2
-PLAN = ("programs", "M", "local", "unit_warps", "row_warps", "row_tiles")
-PLAN = (*PLAN, "slices", "groups", "shared_weights", "shared_bytes", "cycles")
+TILING = ("programs", "M", "local", "unit_warps", "row_warps", "row_tiles")
+TILING = (*TILING, "slices", "groups", "shared_weights", "shared_bytes", "cycles")
 
 
 class Request(Structure):
@@ -54,15 +54,15 @@ def pointer(tensor):
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
-def plan_of(body, request, backward):
-    """How the walk would be laid out: {name in PLAN: number}."""
-    values = (c_int64 * len(PLAN))()
-    body.plan(byref(request), int(backward), values)
-    return dict(zip(PLAN, values, strict=True))
+def tiling_of_request(body, request, backward):
+    """How the recurrence would be laid out: {name in TILING: number}."""
+    values = (c_int64 * len(TILING))()
+    body.tiling(byref(request), int(backward), values)
+    return dict(zip(TILING, values, strict=True))
 
 
 class Layer:
-    """One layer with random weights and inputs on an H100, and what the walks make of them. `more`: fields of Request."""
+    """One layer with random weights and inputs on an H100, and what the recurrences make of them. `more`: fields of Request."""
 
     def __init__(self, body, B, H, sizes, dtype=torch.bfloat16, reverse=False, packed=False, gain=1.0, **more):
         torch.manual_seed(B * H + len(sizes))
@@ -78,11 +78,11 @@ class Layer:
         for name, value in fields.items():
             setattr(self.request, name, value)
 
-    def plan(self, backward):
-        return plan_of(self.body, self.request, backward)
+    def tiling(self, backward):
+        return tiling_of_request(self.body, self.request, backward)
 
     def forward(self):
-        """Runs the walk: its return code. Results are NaN where nothing is written."""
+        """Runs the recurrence: its return code. Results are NaN where nothing is written."""
         self.gates, self.cells = self.x.clone(), torch.full((len(self.x), self.H), math.nan)
         self.y = torch.full((len(self.x), self.H), math.nan, dtype=self.dtype)
         inputs = (self.weight, self.h0, self.c0, self.gates, self.cells, self.y)
@@ -92,7 +92,7 @@ class Layer:
         self.dy, self.dh_n, self.dc_n = dy, dh_n, dc_n
         self.dh, self.dc = dh_n.clone(), dc_n.clone()
         self.dgates = torch.full((len(self.x), 4 * self.H), math.nan, dtype=self.dtype)
-        T, programs = len(self.sizes), self.plan(True)["programs"]
+        T, programs = len(self.sizes), self.tiling(True)["programs"]
         self.partials = torch.full((T, programs, NUM_SUMS), math.nan, dtype=torch.float64) if telemetry else None
         self.exponents = torch.full((T,), -(2**30), dtype=torch.int32) if telemetry else None
         inputs = (self.weight, dy, self.c0, self.gates, self.cells)
@@ -112,10 +112,10 @@ def check_forward(layer):
     assert ((layer.y - y).abs() <= 4 * rounding + torch.finfo(layer.dtype).eps / 2 * y.abs()).all()
 
 
-def walk_back(layer):
-    """(dgates, dh, dc, dh_recurrent of every step, dh0, dc0) in float64, but dG is passed on in the walk's dtype.
+def backward_reference(layer):
+    """(dgates, dh, dc, dh_recurrent of every step, dh0, dc0) in float64, but dG is passed on in the recurrence's dtype.
 
-    A power of two is put on dG before it is rounded, as large as the step allows: what the walk's own scale is for.
+    A power of two is put on dG before it is rounded, as large as the step allows: what the recurrence's own scale is for.
     """
     sizes, order = layer.sizes, order_of(layer.sizes, not layer.reverse)
     gates, cells = (v.double().split(sizes) for v in (layer.gates, layer.cells))
@@ -144,8 +144,8 @@ def norm_of(v):
 
 
 def check_backward(layer):
-    """All outputs against walk_back. What differs is roundings of dG that fall the other way, each at most eps / 2 of it."""
-    dgates, dhs, dcs, recurrent, dh0, dc0 = walk_back(layer)
+    """All outputs against backward_reference. What differs is roundings of dG that fall the other way, each at most eps / 2 of it."""
+    dgates, dhs, dcs, recurrent, dh0, dc0 = backward_reference(layer)
     eps = torch.finfo(layer.dtype).eps
     smallest = torch.finfo(layer.dtype).smallest_normal * eps
     for t, (found, expected) in enumerate(zip(layer.dgates.double().split(layer.sizes), dgates, strict=True)):

@@ -1,4 +1,4 @@
-"""Launch plans (csrc/launch_cache.h): which calls have them, what tells kinds of calls apart, errors, threads and bounds."""
+"""Launch cache (csrc/launch_cache.h): which calls have them, what tells call signatures apart, errors, threads and bounds."""
 
 import threading
 from unittest import mock
@@ -9,18 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from plan_rig import check_replay, counts, on_device_without_code, rigged, stand_in, table
+from launch_rig import check_replay, counts, on_device_without_code, rigged, stand_in, table
 
 from gradkernels.library import _C
 from gradkernels.testing import randn
 from gradkernels.triton import KERNELS, launch
-from gradkernels.triton import launch_cache as plans
+from gradkernels.triton import launch_cache as cache
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
 
 def test_first_calls_are_pythons():
-    """A kind has a plan from its third call on; a thread's first launch is Triton's own, which gives it a context."""
+    """A kind has a captured launches from its third call on; a thread's first launch is Triton's own, which gives it a context."""
     args = lambda: (randn(8, 64), False)  # noqa: E731
     done = []
 
@@ -36,7 +36,7 @@ def test_first_calls_are_pythons():
     assert done == [(1, 0), (2, 0), (3, 0), (3, 1), (3, 2)]
 
 
-def test_other_kinds_have_other_plans():
+def test_other_signatures_have_other_launches():
     """A kind differs in every value, size, stride, dtype, alignment, absence, and in what shares storage."""
     flat = randn(4 * 8 * 64)
     x, mean = flat[: 8 * 64].view(8, 64), randn(8, 1)
@@ -57,18 +57,18 @@ def test_other_kinds_have_other_plans():
     with rigged() as (rig, ops):
         for args in kinds * 4:
             ops["layer_norm_bwd"](*args)
-        assert counts(ops["layer_norm_bwd"])["kinds"] == counts(ops["layer_norm_bwd"])["plans"] == len(kinds)
+        assert counts(ops["layer_norm_bwd"])["kinds"] == counts(ops["layer_norm_bwd"])["captured launches"] == len(kinds)
         for args in kinds:
             check_replay(rig, ops["layer_norm_bwd"], KERNELS["layer_norm_bwd"], lambda args=args: args)
 
 
 def test_alignment():
-    """A view 4 bytes further does not take the aligned plan, whose kernel reads 16 bytes at a time; it gets its own."""
+    """A view 4 bytes further does not take the aligned captured launches, whose kernel reads 16 bytes at a time; it gets its own."""
     memory = randn(8 * 64 + 1)
     with rigged() as (rig, ops):
         for _ in range(4):
             ops["gelu_fwd"](memory[:-1], True)
-        assert counts(ops["gelu_fwd"])["plans"] == 1
+        assert counts(ops["gelu_fwd"])["captured launches"] == 1
         _, aligned = rig.take()
         ops["gelu_fwd"](memory[1:], True)
         assert (len(rig.python), rig.replayed) == (1, [])
@@ -101,19 +101,19 @@ def test_devices():
     ],
     ids=["other strides", "transposed", "parameter", "sliced", "the same tensor twice"],
 )
-def test_copies_have_no_plan(op, make_args):
+def test_copies_are_not_captured(op, make_args):
     """Calls that copy an input, or whose pointers could be either of two arguments', stay in Python, and are watched once."""
-    watched = []
+    captured = []
 
-    def watch(kernel, *args):
-        watched.append(args)
-        return plans.watch(kernel, *args)
+    def capture(kernel, *args):
+        captured.append(args)
+        return cache.capture(kernel, *args)
 
-    with rigged(watch=watch) as (rig, ops):
+    with rigged(capture=capture) as (rig, ops):
         for _ in range(6):
             ops[op](*make_args())
-        assert (len(rig.python), len(rig.replayed), len(watched)) == (6, 0, 1)
-        assert counts(ops[op]) == {"kinds": 1, "plans": 0, "replays": 0}
+        assert (len(rig.python), len(rig.replayed), len(captured)) == (6, 0, 1)
+        assert counts(ops[op]) == {"kinds": 1, "captured launches": 0, "replays": 0}
 
 
 CHANGES = {
@@ -129,17 +129,17 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_special_launches_have_no_plan(change):
+def test_special_launches_are_not_captured(change):
     def compiled_for(found, handle):
         compiled = stand_in(found, handle)
         vars(compiled.metadata).update(CHANGES[change])
         return compiled
 
-    check_no_plan(compiled_for)
+    check_nothing_captured(compiled_for)
 
 
 @pytest.mark.parametrize("change", ["one more", "wider", "none", "unknown type"])
-def test_parameters_not_understood_have_no_plan(change):
+def test_parameters_not_understood_are_not_captured(change):
     """A kernel that declares other parameters than would be passed, as a new Triton may."""
 
     def compiled_for(found, handle):
@@ -154,25 +154,25 @@ def test_parameters_not_understood_have_no_plan(change):
             compiled.src.signature["num_vectors"] = "u1"
         return compiled
 
-    check_no_plan(compiled_for)
+    check_nothing_captured(compiled_for)
 
 
-def check_no_plan(compiled_for):
-    with mock.patch.dict("plan_rig.BYTES", {"u1": 4}), rigged(compiled_for) as (rig, ops):
+def check_nothing_captured(compiled_for):
+    with mock.patch.dict("launch_rig.BYTES", {"u1": 4}), rigged(compiled_for) as (rig, ops):
         for _ in range(5):
             ops["gelu_fwd"](randn(8, 64), False)
         assert (len(rig.python), len(rig.replayed)) == (5, 0)
 
 
-def test_no_plan_where_C_cannot_launch():
-    with rigged() as (rig, ops), mock.patch.object(plans, "can_launch", return_value=False):
+def test_nothing_captured_where_C_cannot_launch():
+    with rigged() as (rig, ops), mock.patch.object(cache, "can_launch", return_value=False):
         for _ in range(5):
             ops["gelu_fwd"](randn(8, 64), False)
         assert (len(rig.python), len(rig.replayed)) == (5, 0)
 
 
 def test_bounded():
-    """Shapes that never repeat fill the table no further than its bound; plans are made again afterwards."""
+    """Shapes that never repeat fill the table no further than its bound; captured launches are made again afterwards."""
     with rigged() as (_, ops):
         for size in range(1, 2100):
             ops["fold"](table(0).new_empty(0, size, 8))
@@ -183,22 +183,22 @@ def test_bounded():
 
 
 def test_launches_are_bounded():
-    """Long walks fill the table by their launches: with 65,536 of them it starts again."""
+    """Long recurrences fill the table by their launches: with 65,536 of them it starts again."""
 
-    def walk(T):
+    def recurrence(T):
         h, wide = torch.zeros(1, 1), torch.zeros(T, 1)
         return torch.zeros(T, 4), torch.zeros(4, 1), None, h, torch.zeros(1, 1), wide, wide.clone(), False, False
 
     with rigged() as (rig, ops):
-        op = ops["lstm_steps_fwd"]
-        op(*walk(1))
+        op = ops["lstm_stepwise_fwd"]
+        op(*recurrence(1))
         (compiled,) = rig.compiled.values()
         with mock.patch.object(launch, "run", return_value=compiled):
             for T, kinds in ((22000, 2), (22001, 3), (22002, 4), (22003, 1)):
                 for _ in range(2):
-                    op(*walk(T))
+                    op(*recurrence(T))
                 assert counts(op)["kinds"] == kinds
-            assert counts(op)["plans"] == 1
+            assert counts(op)["captured launches"] == 1
 
 
 def test_error_of_the_driver():
@@ -214,7 +214,7 @@ def test_error_of_the_driver():
 
 
 def test_errors_of_python():
-    """What the Python function raises arrives as it is, also while it is watched, and later calls work."""
+    """What the Python function raises arrives as it is, also while it is captured, and later calls work."""
     with rigged() as (rig, ops):
         run = rig.run
         with mock.patch("gradkernels.triton.launch.run", side_effect=KeyError("no such kernel")):
@@ -225,7 +225,7 @@ def test_errors_of_python():
         check_replay(rig, ops["gelu_fwd"], KERNELS["gelu_fwd"], lambda: (randn(8, 64), False))
 
 
-def test_no_plan_under_a_mode():
+def test_nothing_captured_under_a_mode():
     """Where a dispatch mode is on, as torch.compile's is while it traces, the mode is given the launch."""
 
     class Mode(TorchDispatchMode):
@@ -244,7 +244,7 @@ def test_no_plan_under_a_mode():
 
 
 def test_threads():
-    """Threads make and replay plans of different kinds at once; each call gets its own memory and its own launch."""
+    """Threads make and replay captured launches of different kinds at once; each call gets its own memory and its own launch."""
     shapes = [(8, 64), (16, 64), (24, 128), (8, 128)]
     wrong = []
 
@@ -262,13 +262,13 @@ def test_threads():
             thread.join()
         assert not wrong
         python, replayed = rig.take()
-        assert len(python) == 3 * len(shapes)  # two calls without a plan, and a thread's first launch
+        assert len(python) == 3 * len(shapes)  # two calls without a captured launches, and a thread's first launch
         rows = [seen.parameters[-3] for seen in (*python, *replayed)]
         assert {value: rows.count((size, value)) for size, value in rows} == {8: 600, 16: 300, 24: 300}
 
 
 def test_deterministic_fill():
-    """Memory of a plan is filled like any other where PyTorch is told to (as conftest.py does)."""
+    """Memory of a captured launches is filled like any other where PyTorch is told to (as conftest.py does)."""
     with rigged() as (rig, ops):
         for _ in range(4):
             y = ops["gelu_fwd"](randn(8, 64), False)
