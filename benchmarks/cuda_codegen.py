@@ -40,14 +40,14 @@ int main() {
     const gk::Limits device{sms, shared};
     const gk::Tiling p = gk::choose_tiling(B, H, backward, device);
     const gk::Cost c = p.M ? gk::predicted_cost(p, device) : gk::Cost{};
-    std::printf("%d %d %d %d %d ", p.M ? p.programs() : 0, p.units, p.rows(), p.shared_bytes, p.exchange_words * 16);
-    for (int64_t cycles : {c.meeting, c.exchange, c.products, c.weights, c.sums, c.cells}) std::printf("%d ", (int)cycles);
+    std::printf("%d %d %d %d %d ", p.M ? p.programs() : 0, p.units, p.rows(), p.shared_bytes, p.buffer_vectors * 16);
+    for (int64_t cycles : {c.barrier, c.exchange, c.products, c.weights, c.sums, c.cells}) std::printf("%d ", (int)cycles);
     std::printf("\\n");
   }
 }
 """
 PARTS = ("barrier", "exchange", "products", "weights", "sums", "cells")
-TILING = ("programs", "units", "rows", "shared", "exchange_bytes", *PARTS)
+TILING = ("programs", "units", "rows", "shared", "buffer_bytes", *PARTS)
 
 
 def nvcc() -> str | None:
@@ -128,7 +128,9 @@ def largest_table() -> list[str]:
     """The largest H that fits, forward and backward, for each device and batch."""
     batches, sizes = (1, 8, 16, 32, 64, 128), range(136, 2400, 8)
     recurrences = (False, True)
-    questions = [(B, H, backward, size) for size in DEVICES.values() for B in batches for H in sizes for backward in recurrences]
+    questions = [
+        (B, H, backward, size) for size in DEVICES.values() for B in batches for H in sizes for backward in recurrences
+    ]
     fits = {question: tiling["programs"] > 0 for question, tiling in zip(questions, tilings(questions), strict=True)}
     table = [f"| device | {' | '.join(f'B = {B}' for B in batches)} |", "|" + "---|" * (1 + len(batches))]
     for name, device in DEVICES.items():
@@ -146,7 +148,7 @@ def time_table() -> list[str]:
     for k, tiling in enumerate(tilings(questions)):
         (B, T, H), recurrence = SIZES[k // 2], ("forward", "backward")[k % 2]
         cycles = sum(tiling[part] for part in PARTS)
-        l2_bytes = 0 if H <= 128 else tiling["exchange_bytes"]
+        l2_bytes = 0 if H <= 128 else tiling["buffer_bytes"]
         shape = f"| {(B, T, H)} | {recurrence} | {tiling['programs']} | {tiling['units']} x {tiling['rows']}"
         parts = " | ".join(str(tiling[part]) for part in PARTS)
         step = cycles / GIGAHERTZ / 1000

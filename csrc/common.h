@@ -79,7 +79,7 @@ inline Tensor dense(const Tensor& t) {
 }
 
 // `t` with the strides of the dense tensor `model`, so that both can be read as flat arrays.
-inline Tensor laid_out_as(const Tensor& model, const Tensor& t) {
+inline Tensor with_strides_of(const Tensor& model, const Tensor& t) {
   if (t.strides() == model.strides()) return t;
   const OneThreadInForkedChild guard;
   return at::empty_like(model).copy_(t);

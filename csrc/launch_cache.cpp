@@ -27,8 +27,9 @@ std::shared_ptr<const CapturedLaunches> LaunchCache::find(Key key) const {
   return found == table_.end() ? nullptr : found->second.captured;
 }
 
-// The entry of `key`, under the lock. Where the table is full it is moved to `full`, to die after the lock: a captured launches's end takes
-// the GIL, which must not be waited for while holding a lock that a thread with the GIL may be waiting for.
+// The entry of `key`, under the lock. Where the table is full it is moved to `full`, to die after the lock: a captured
+// launches's end takes the GIL, which must not be waited for while holding a lock that a thread with the GIL may be waiting
+// for.
 LaunchCache::Entry& LaunchCache::entry(Key key, Table& full) {
   auto found = table_.find(key);
   if (found == table_.end()) {
@@ -71,9 +72,9 @@ namespace {
 
 std::atomic<LaunchFunction> launch_function = nullptr;
 
-// A call as captured launches see it. `key` holds everything that allocations, kernels and their parameters can depend on: of tensors
-// dtype, device, sizes, strides, and what Triton specialises kernels on (the address modulo 16, and for AMD whether the storage
-// is within 2 GB); which arguments share a storage, since then a pointer does not say whose it is; all other values.
+// A call as captured launches see it. `key` holds everything that allocations, kernels and their parameters can depend on: of
+// tensors dtype, device, sizes, strides, and what Triton specialises kernels on (the address modulo 16, and for AMD whether the
+// storage is within 2 GB); which arguments share a storage, since then a pointer does not say whose it is; all other values.
 struct Call {
   c10::SmallVector<uint64_t, 128> key;
   c10::SmallVector<char*, 16> starts;  // of the tensors, by position of the argument
@@ -138,7 +139,8 @@ void* stream_of(const c10::Device& device) {
   return device.is_cpu() ? nullptr : c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Does what the captured launches says. False, with nothing launched, where memory came without the alignment kernels were compiled for.
+// Does what the captured launches says. False, with nothing launched, where memory came without the alignment kernels were
+// compiled for.
 bool replay(const CapturedLaunches& captured, Call& call, const std::string& op, std::vector<Tensor>& outputs) {
   const c10::Device device = call.first->device();
   const c10::DeviceGuard guard(device);

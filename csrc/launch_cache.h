@@ -62,8 +62,8 @@ struct EqualKey {
   bool operator()(Key a, Key b) const { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 };
 
-// The captured launches of one op. Bounded: where shapes never repeat, the table starts again once it is full of kinds or of launches (a
-// time loop has as many as steps, of some 500 bytes each).
+// The captured launches of one op. Bounded: where shapes never repeat, the table starts again once it is full of kinds or of
+// launches (a time loop has as many as steps, of some 500 bytes each).
 class LaunchCache {
  public:
   static constexpr size_t MAX_KINDS = 1024, MAX_LAUNCHES = 1 << 16;

@@ -12,8 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gradkernels.integrations import timm, transformers
 from gradkernels.integrations.subclasses import CANDIDATES, fused_subclass, mixed
-from gradkernels.nn import GELU, LSTM, LayerNorm, LSTMCell, _Measuring
-from gradkernels.nn.measuring import NAMESPACE, remove_hooks
+from gradkernels.nn import GELU, LSTM, FusedModule, LayerNorm, LSTMCell
+from gradkernels.nn.fused_module import NAMESPACE, remove_hooks
 
 FUSED = {layer.TWIN: layer for layer in (GELU, LayerNorm, LSTM, LSTMCell)}
 GELU_CLASSES = {**timm.GELU_CLASSES, **transformers.GELU_CLASSES}
@@ -75,7 +75,7 @@ def revert(model: nn.Module) -> nn.Module:
         if ORIGINAL not in module.__dict__:
             continue
         original, attributes = vars(module)[ORIGINAL]
-        for ours in ("on_forward", *module.stats_names()) if isinstance(module, _Measuring) else ():
+        for ours in ("on_forward", *module.stats_names()) if isinstance(module, FusedModule) else ():
             module.__dict__.pop(ours, None)
         reason = _changed_since(module)
         if reason is not None:
@@ -96,7 +96,7 @@ def uncovered(model: nn.Module) -> list[Uncovered]:
     """The norms, activations and recurrent layers of `model` for which there is no fused twin, with the reason."""
     result = []
     for name, module in model.named_modules():
-        if isinstance(module, _Measuring) or "parametrizations" in name.split("."):
+        if isinstance(module, FusedModule) or "parametrizations" in name.split("."):
             continue
         cls = type(module)
         torch_layer = cls.__module__.startswith("torch.nn.modules.") and cls.__module__.endswith(LAYER_MODULES)
@@ -113,7 +113,7 @@ def _fused_class(module: nn.Module) -> tuple[type | None, dict, str]:
     cls = type(module)
     base = next((base for base in FUSED if isinstance(module, base)), None)
     approximate = GELU_CLASSES.get(f"{cls.__module__}.{cls.__qualname__}")
-    if isinstance(module, _Measuring) or (base is None and approximate is None):
+    if isinstance(module, FusedModule) or (base is None and approximate is None):
         return None, {}, "no fused kernel for this layer"
     if _replaced(module):
         return None, {}, "its forward was replaced on the instance"

@@ -97,9 +97,9 @@ def add_layer_norm_case(x, residual, weight=None, bias=None, dy=DEFAULT, dnew_re
         columns = [p if p is None else p.to(torch.promote_types(p.dtype, h.dtype)) for p in (weight, bias)]
         return F.layer_norm(h, shape, *columns, eps).to(x.dtype), h
 
-    def exact(x, residual_wide, weight, bias):
+    def exact(x, residual_float32, weight, bias):
         """y is the norm of new_residual as stored, in residual's dtype."""
-        h = residual_wide + x
+        h = residual_float32 + x
         h = h + (h.detach().to(residual.dtype).to(h.dtype) - h.detach())
         return F.layer_norm(h, shape, weight, bias, eps), h
 

@@ -47,7 +47,7 @@ def same(ours, others):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def measured(case, times=1):
+def with_stats(case, times=1):
     """(results, stats) of `times` calls with statistics."""
     stats = gk.new_stats(len(case.ports))
     for _ in range(times):
@@ -71,7 +71,7 @@ def check_case(case):
 def check_threads(case, num_threads):
     """On several threads: right, the same bits in two runs, statistics too."""
     torch.set_num_threads(num_threads)
-    first, again = measured(case), measured(case)
+    first, again = with_stats(case), with_stats(case)
     plain = differentiate(case.function, case.inputs, case.dys)
     torch.set_num_threads(1)
     same(first[0], again[0])
@@ -89,14 +89,14 @@ def check_row_by_row(case, results, stats):
 
 def check_case_stats(case, plain=None):
     """The statistics of one call are right, and without them the gradients have the same bits."""
-    results, stats = measured(case)
+    results, stats = with_stats(case)
     same(results, plain or differentiate(case.function, case.inputs, case.dys))
     check_row_by_row(case, results, stats)
 
 
 def check_repeatable(case):
     """Two runs give equal bits, results and statistics, and statistics accumulate over calls."""
-    first, again, twice = measured(case), measured(case), measured(case, times=2)
+    first, again, twice = with_stats(case), with_stats(case), with_stats(case, times=2)
     same(first[0], again[0])
     assert torch.equal(first[1], again[1])
     check_stats(twice[1], case.ports, {port: [d, d] for port, d in case.seen(twice[0][1]).items()})
@@ -137,7 +137,7 @@ def check_special_values(op, dtype):
 
 def check_compile(case, backend):
     """torch.compile without graph breaks: the bits of eager mode, statistics included; and without statistics."""
-    eager, stats = measured(case)
+    eager, stats = with_stats(case)
     compiled_stats = torch.zeros_like(stats)
     for table in (compiled_stats, None):
         function = used(case.function, table)
@@ -156,7 +156,7 @@ def check_dynamic_batch(op, counters):
     compiled_stats = gk.new_stats(len(cases[0].ports))
     function = torch.compile(used(cases[0].function, compiled_stats), fullgraph=True, dynamic=True, backend="aot_eager")
     for case in cases:
-        eager, stats = measured(case)
+        eager, stats = with_stats(case)
         same(differentiate(function, case.inputs, case.dys), eager)
         assert torch.equal(compiled_stats, stats)
         compiled_stats.zero_()

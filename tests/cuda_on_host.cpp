@@ -1,5 +1,5 @@
-// The recurrences of csrc/cuda as functions that tests/recurrence_on_host.py calls through ctypes: tiled for a device of the size
-// that the test asks for, and run by tests/device_on_host.h.
+// The recurrences of csrc/cuda as functions that tests/recurrence_on_host.py calls through ctypes: tiled for a device of the
+// size that the test asks for, and run by tests/device_on_host.h.
 #include "device_on_host.h"
 
 #include "../csrc/cuda/lstm_recurrence_backward.h"
@@ -19,7 +19,7 @@ struct Request {
   int32_t sms, shared_bytes;                    // of the device to tiling for
   int32_t M, unit_warps, row_warps, row_tiles;  // a tiling by hand; M = 0: the chooser's
   int32_t seed, dawdling, silent_block, missing_blocks;
-  double patience_seconds;
+  double timeout_seconds;
 };
 
 static Tiling tiling_of(const Request& request, bool backward) {
@@ -54,21 +54,21 @@ void tiling(const Request* request, int backward, int64_t* result) {
 
 // What a launch needs beside its arguments, cleared as the launcher does.
 struct Scratch {
-  std::vector<Words> exchange;
+  std::vector<Vector16> double_buffer;
   std::vector<uint64_t> flags;
   host::Launch launch;
 
   Scratch(const Request& request, Recurrence& recurrence, bool backward) {
     const Tiling tiling = tiling_of(request, backward);
     recurrence = {tiling, request.T, request.B, request.H, request.offsets, request.reverse != 0, nullptr, nullptr};
-    exchange.resize(tiling.local ? 0 : 2 * tiling.groups * tiling.exchange_words);
+    double_buffer.resize(tiling.local ? 0 : 2 * tiling.groups * tiling.buffer_vectors);
     flags.resize(2 * tiling.programs());
-    recurrence.exchange = exchange.data();
+    recurrence.double_buffer = double_buffer.data();
     recurrence.flags = flags.data();
     launch.blocks = tiling.programs() - request.missing_blocks;
     launch.shared_bytes = tiling.shared_bytes;
     launch.seed = request.seed;
-    launch.patience_seconds = request.patience_seconds;
+    launch.timeout_seconds = request.timeout_seconds;
     launch.silent_block = request.silent_block;
     launch.dawdling = request.dawdling;
   }
@@ -108,19 +108,19 @@ int forward(const Request* request, int64_t rows, const uint16_t* weight_hh, con
 
 int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, const uint16_t* dy, const float* c0,
              const float* gates, const float* cells, float* dh, float* dc, uint16_t* dgates, double* partials,
-             int32_t* exponents, int32_t* carry, int resumes, int pauses) {
+             int32_t* exponents, int32_t* carried_state, int continues_from, int continues_to) {
   const int64_t H = request->H, state = request->B * H;
   const host::Guarded<const uint16_t> w(weight_hh, 4 * H * H), all_dy(dy, rows * H);
   const host::Guarded<const float> c(c0, state), all_gates(gates, rows * 4 * H), all_cells(cells, rows * H);
   const host::Guarded<float> state_dh(dh, state), state_dc(dc, state);
   const host::Guarded<uint16_t> all_dgates(dgates, rows * 4 * H);
-  Backward p{{},       w,          all_dy,  c,       all_gates, all_cells,    state_dh,
-             state_dc, all_dgates, nullptr, nullptr, nullptr,   resumes != 0, pauses != 0};
+  Backward p{{},       w,          all_dy,  c,       all_gates, all_cells,           state_dh,
+             state_dc, all_dgates, nullptr, nullptr, nullptr,   continues_from != 0, continues_to != 0};
   Scratch scratch(*request, p.recurrence, true);
   const Tiling& tiling = p.recurrence.tiling;
   if (tiling.M == 0) return 2;
-  const host::Guarded<int32_t> passed_on(carry, 2 * tiling.groups);
-  p.carry = passed_on;
+  const host::Guarded<int32_t> passed_on(carried_state, 2 * tiling.groups);
+  p.carried_state = passed_on;
   const host::Guarded<double> sums(partials, request->T * tiling.programs() * NUM_SUMS);
   std::vector<int32_t> group_exponents(tiling.groups * request->T);
   p.partials = sums;
@@ -135,7 +135,7 @@ int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, co
   return 0;
 }
 
-// Every bit pattern through narrow(widen()), and x through narrow: for the test of this file's own conversions.
+// Every bit pattern through narrow(upcast()), and x through narrow: for the test of this file's own conversions.
 void convert(int half, int64_t count, const float* x, uint16_t* y) {
   for (int64_t k = 0; k < count; ++k) {
     Half h;

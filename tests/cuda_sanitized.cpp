@@ -1,7 +1,8 @@
 // One case of the recurrences forward and back as a program of its own, for tests/test_cuda_races.py to build with a sanitizer:
-//   B H half reverse packed misaligned forgotten {M unit_warps row_warps row_tiles} {the same of the backward recurrence} size...
+//   B H half reverse packed misaligned forgotten {M unit_warps row_warps row_tiles} {the same of the backward recurrence}
+//   size...
 // M = 0: the chooser's. misaligned: W_hh begins two bytes behind what is aligned.
-// It fails where the recurrence gives up or is not finite, or where the sanitizer finds something.
+// It fails where the recurrence times out or is not finite, or where the sanitizer finds something.
 #include "cuda_on_host.cpp"
 
 #include <stdio.h>
@@ -46,12 +47,14 @@ static int run_both_passes(const Request& request, const Request& back, bool mis
   tiling(&back, true, tiling_back);
   std::vector<double> partials(request.T * tiling_back[0] * NUM_SUMS);
   std::vector<int32_t> exponents(request.T);
-  std::vector<int32_t> carry(2 * tiling_back[0]);
-  const auto backward_reference = [&](bool resumes, bool pauses) {
+  std::vector<int32_t> carried_state(2 * tiling_back[0]);
+  const auto backward_reference = [&](bool continues_from, bool continues_to) {
     return backward(&back, rows, weight_hh, bits(dy), c0.data(), gates.data(), cells.data(), dh.data(), dc.data(), bits(dgates),
-                    partials.data(), exponents.data(), carry.data(), resumes, pauses) == 0;
+                    partials.data(), exponents.data(), carried_state.data(), continues_from, continues_to) == 0;
   };
-  if (request.offsets ? !backward_reference(false, false) : !backward_reference(false, true) || !backward_reference(true, false)) return 3;
+  if (request.offsets ? !backward_reference(false, false)
+                      : !backward_reference(false, true) || !backward_reference(true, false))
+    return 3;
   return finite(dh) && finite(dc) ? 0 : 4;
 }
 
@@ -62,9 +65,9 @@ static void plan_by_hand(Request& request, const int64_t* numbers) {
   request.row_tiles = numbers[3];
 }
 
-int main(int count, char** words) {
+int main(int count, char** vectors) {
   std::vector<int64_t> numbers;
-  for (int k = 1; k < count; ++k) numbers.push_back(atoll(words[k]));
+  for (int k = 1; k < count; ++k) numbers.push_back(atoll(vectors[k]));
   if (numbers.size() < 16) return 5;
   std::vector<int64_t> offsets = {0};
   for (size_t k = 15; k < numbers.size(); ++k) offsets.push_back(offsets.back() + numbers[k]);
@@ -80,7 +83,7 @@ int main(int count, char** words) {
   request.seed = 1;
   request.dawdling = 4;
   request.silent_block = -1;
-  request.patience_seconds = 120;
+  request.timeout_seconds = 120;
   host::forgotten = static_cast<host::Order>(numbers[6]);
   Request back = request;
   plan_by_hand(request, &numbers[7]);

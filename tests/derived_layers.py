@@ -109,12 +109,12 @@ class ByRank(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.dim() == 4 else super().forward(x)
 
 
-class Widens(nn.LayerNorm):
+class Upcasts(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x).float()
 
 
-class Narrows(nn.LayerNorm):
+class Downcasts(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x.bfloat16().to(x.dtype))
 

@@ -67,7 +67,7 @@ struct Launch {
   int blocks = 0;
   size_t shared_bytes = 0;
   unsigned seed = 1;
-  double patience_seconds = 60;
+  double timeout_seconds = 60;
   int silent_block = -1;  // never publishes
   int dawdling = 0;       // one time in so many a block is late to publish, or to go on after it; 0: never
   std::atomic<bool> failed{false};
@@ -103,14 +103,14 @@ struct Block {
   std::vector<Fiber> fibers{THREADS};
   std::vector<Table> tables{WARPS};
   std::vector<std::chrono::steady_clock::time_point> waiting_since{THREADS};
-  std::unique_ptr<Words[]> shared;
+  std::unique_ptr<Vector16[]> shared;
   char* stacks;
   Strand scheduler;
-  char meeting[2];  // places that order what is before and after the block meets, in turns
+  char barrier[2];  // places that order what is before and after the block meets, in turns
   std::mt19937 random;
 
   Block(Launch& launch, const std::function<void()>& kernel, int index)
-      : launch(launch), kernel(kernel), index(index), shared(new Words[launch.shared_bytes / sizeof(Words) + 1]) {
+      : launch(launch), kernel(kernel), index(index), shared(new Vector16[launch.shared_bytes / sizeof(Vector16) + 1]) {
     random.seed(launch.seed * 7919 + index);
     memset(shared.get(), 0xff, launch.shared_bytes);
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -123,7 +123,7 @@ struct Block {
     const Untracked untracked;
     Fiber& fiber = fibers[running];
     fiber.state = state;
-    const void* place = &meeting[fiber.meetings % 2];
+    const void* place = &barrier[fiber.meetings % 2];
     if (state == State::AT_BLOCK) ordered_before(place);
     fiber.strand.change_to(scheduler);
     if (launch.failed) throw GivenUp{};
@@ -213,7 +213,7 @@ inline bool run(Launch& launch, const std::function<void()>& kernel) {
   return !launch.failed;
 }
 
-// Lays something on the warp's table, and returns the table when all lanes have. Two meetings: the first so that all is there,
+// Lays something on the warp's table, and returns the table when all lanes have. Two barriers: the first so that all is there,
 // the second, by the caller, so that nobody clears it away too early.
 template <typename Lay>
 Table& meet(const Lay& lay) {
@@ -249,7 +249,7 @@ void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     t.b[lane][0] = b0;
     t.b[lane][1] = b1;
   });
-  const auto element = [](uint32_t pair, int k) { return device::widen(T{static_cast<uint16_t>(pair >> 16 * (k % 2))}); };
+  const auto element = [](uint32_t pair, int k) { return device::upcast(T{static_cast<uint16_t>(pair >> 16 * (k % 2))}); };
   const int lane = current->running % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -291,7 +291,7 @@ inline void mma(Bfloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 }
 inline void mma(Half, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { host::product<Half>(c, a, b0, b1); }
 
-inline Words load_foreign(const Words* p) { return *p; }
+inline Vector16 load_foreign(const Vector16* p) { return *p; }
 inline void publish(uint64_t* flag, uint64_t value) {
   host::current->dawdle();
   if (host::current->index == host::current->launch.silent_block) return;
@@ -319,16 +319,16 @@ inline void acquire() {
   peeked.clear();
   host::current->dawdle();
 }
-inline bool impatient(uint32_t polls) {
+inline bool timed_out(uint32_t polls) {
   const host::Untracked untracked;
   host::Block& block = *host::current;
   const auto now = std::chrono::steady_clock::now();
   if (polls == 0) block.waiting_since[block.running] = now;
   sched_yield();
   block.leave(host::State::RUNNING);
-  return std::chrono::duration<double>(now - block.waiting_since[block.running]).count() > block.launch.patience_seconds;
+  return std::chrono::duration<double>(now - block.waiting_since[block.running]).count() > block.launch.timeout_seconds;
 }
-inline void give_up() { throw host::GivenUp{}; }
+inline void trap() { throw host::GivenUp{}; }
 
 inline float exponential(float x) { return expf(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
@@ -345,8 +345,8 @@ inline float float_of(uint32_t bits) {
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
-inline float widen(Bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
-inline float widen(Half x) {
+inline float upcast(Bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
+inline float upcast(Half x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
   const float sign = x.bits >> 15 ? -1.0f : 1.0f;
   if (exponent == 31) return mantissa ? NAN : sign * INFINITY;

@@ -34,11 +34,11 @@ def pair(*args, cls=(gk.LSTM, nn.LSTM), **kwargs):
     return modules
 
 
-def widened(value):
+def upcast(value):
     """Nested tensors in float64, leaves again."""
     if isinstance(value, torch.Tensor):
         return value.detach().double().requires_grad_(value.requires_grad)
-    return tuple(widened(part) for part in value)
+    return tuple(upcast(part) for part in value)
 
 
 def check_same(ours, twin, inputs, leaves):
@@ -47,7 +47,7 @@ def check_same(ours, twin, inputs, leaves):
     found, expected = (results(module, inputs, leaves, retain_graph) for module in (ours, twin))
     exact = expected
     if expected[0].dtype.itemsize == 2:
-        wide = widened(inputs)
+        wide = upcast(inputs)
         exact = results(copy.deepcopy(twin).double(), wide, [t for t in flat(wide) if t.requires_grad])
     for k, (a, b, value) in enumerate(zip(found, expected, exact, strict=True)):
         compare(f"result {k}", a.detach(), b.detach(), value.detach().double(), terms=20.0)

@@ -1,12 +1,12 @@
-"""What test_lstm_stack.py runs stacks of LSTM layers on: lanes that are no streams, and the recurrences of csrc/cuda on the host."""
+"""What test_lstm_stack.py runs on: a StreamGroup without streams, and the recurrences of csrc/cuda on the host."""
 
 import random
 import sys
 from ctypes import POINTER, byref, c_int64
 
 import numpy as np
-import torch
 import recurrence_on_host as host
+import torch
 
 import gradkernels as gk
 from gradkernels.ops.lstm import Stack, sequential
@@ -17,7 +17,7 @@ if "on_triton" in sys.modules:
 
 
 class Shuffled:
-    """Lanes whose works are done at the end. depth: of each call, the works that wait for one another, at most."""
+    """StreamGroup whose works are done at the end. depth: of each call, the works that wait for one another, at most."""
 
     seed, depth = 0, []
 
@@ -27,11 +27,11 @@ class Shuffled:
     def __enter__(self):
         return self
 
-    def run(self, lane, work, after=()):
-        before = {*after, *({self.last[lane]} - {None})}
+    def run(self, index, work, after=()):
+        before = {*after, *({self.last[index]} - {None})}
         self.works.append((work, before, 1 + max((self.works[k][2] for k in before), default=0)))
-        self.last[lane] = len(self.works) - 1
-        return self.last[lane]
+        self.last[index] = len(self.works) - 1
+        return self.last[index]
 
     def __exit__(self, *raised):
         Shuffled.depth.append(max(depth for _, _, depth in self.works))
@@ -79,14 +79,14 @@ def results(run, stack, tensors, grads=None, wanted=None):
 
 def both(stack, tensors, drop=None, **more):
     """`results` of concurrent recurrences and of one after the other."""
-    at_once = results(concurrent, stack, tensors, **more)
-    more["grads"] = at_once[3]
-    return at_once, results(lambda *args: sequential(*args, drop), stack, tensors, **more)
+    together = results(concurrent, stack, tensors, **more)
+    more["grads"] = together[3]
+    return together, results(lambda *args: sequential(*args, drop), stack, tensors, **more)
 
 
-def check(at_once, sequential):
+def check(together, sequential):
     """The same bits."""
-    for ours, theirs in zip(at_once[:3], sequential[:3], strict=True):
+    for ours, theirs in zip(together[:3], sequential[:3], strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -105,20 +105,20 @@ def keep(masks, stack, *args):
 
 
 class OnHost:
-    """The ops of csrc/cuda, whose body runs on the host as in recurrence_on_host.py: padded recurrences from the first step on."""
+    """The ops of csrc/cuda, whose body runs on the host as in recurrence_on_host.py: padded, from the first step on."""
 
     def __init__(self, library):
         self.library, self.recurrences, self.sms = library, 0, host.H100[0]
 
-    def request(self, rows, B, weight_hh, batch_sizes, reverse, at_once):
+    def request(self, rows, B, weight_hh, batch_sizes, reverse, num_concurrent):
         half, sizes = weight_hh.dtype is torch.float16, None
         T = rows // B if batch_sizes is None else len(batch_sizes)
         if batch_sizes is not None:
             assert batch_sizes.is_contiguous()
             self.offsets = np.concatenate([[0], np.cumsum(batch_sizes.numpy())]).astype(np.int64)
             sizes = self.offsets.ctypes.data_as(POINTER(c_int64))
-        request = host.Request(T, B, weight_hh.shape[1], sizes, reverse, half, self.sms // at_once, host.H100[1])
-        request.seed, request.silent_block, request.patience_seconds = 1, -1, 120.0
+        request = host.Request(T, B, weight_hh.shape[1], sizes, reverse, half, self.sms // num_concurrent, host.H100[1])
+        request.seed, request.silent_block, request.timeout_seconds = 1, -1, 120.0
         self.recurrences += 1
         return byref(request), c_int64(rows)
 
@@ -128,15 +128,15 @@ class OnHost:
         request = self.request(len(gates), len(h0), weight_hh, *order)
         assert self.library.forward(*request, *map(host.pointer, tensors)) == host.DONE
 
-    def lstm_recurrence_bwd(self, dy, dh, dc, weight_hh, c0, gates, cells, dgates, partials, exponents, carry, *last):
-        tensors = (weight_hh, dy, c0, gates, cells, dh, dc, dgates, partials, exponents, carry)
+    def lstm_recurrence_bwd(self, dy, dh, dc, weight_hh, c0, gates, cells, dgates, partials, exponents, carried_state, *last):
+        tensors = (weight_hh, dy, c0, gates, cells, dh, dc, dgates, partials, exponents, carried_state)
         assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         request = self.request(len(gates), len(dh), weight_hh, *last[2:])
         assert self.library.backward(*request, *map(host.pointer, tensors), *last[:2]) == host.DONE
 
-    def tiling_of(self, y, weight_hr, H, backward, B, at_once=1):
+    def tiling_of(self, y, weight_hr, H, backward, B, num_concurrent=1):
         if y.dtype not in host.DTYPES or weight_hr is not None:
             return 0, 0
-        request = host.Request(B=B, H=H, sms=self.sms // at_once, shared_bytes=host.H100[1])
+        request = host.Request(B=B, H=H, sms=self.sms // num_concurrent, shared_bytes=host.H100[1])
         tiling = host.tiling_of_request(self.library, request, backward)
         return tiling["programs"], tiling["cycles"]

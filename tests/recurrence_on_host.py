@@ -1,7 +1,8 @@
 """The recurrences of csrc/cuda on the host, through tests/cuda_on_host.cpp, and what they are compared with.
 
 Each step forward is compared with its formula in float64, from what the recurrence itself gave for the step before, so that the
-tolerance is the rounding of one step. The backward recurrence is compared as a whole, with dG rounded as the recurrence rounds it.
+tolerance is the rounding of one step. The backward recurrence is compared as a whole, with dG rounded as the recurrence rounds
+it.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ class Request(Structure):
         + [("offsets", POINTER(c_int64))]
         + [(name, c_int32) for name in ("reverse", "half", "sms", "shared_bytes", "M", "unit_warps", "row_warps", "row_tiles")]
         + [(name, c_int32) for name in ("seed", "dawdling", "silent_block", "missing_blocks")]
-        + [("patience_seconds", c_double)]
+        + [("timeout_seconds", c_double)]
     )
 
 
@@ -73,7 +74,7 @@ class Layer:
         self.x = 2 * torch.randn(rows, 4 * H)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         offsets = self.offsets.ctypes.data_as(POINTER(c_int64)) if packed else None
-        fields = {"seed": 1, "dawdling": 0, "silent_block": -1, "missing_blocks": 0, "patience_seconds": 120.0} | more
+        fields = {"seed": 1, "dawdling": 0, "silent_block": -1, "missing_blocks": 0, "timeout_seconds": 120.0} | more
         self.request = Request(len(sizes), B, H, offsets, reverse, dtype is torch.float16, *H100)
         for name, value in fields.items():
             setattr(self.request, name, value)
@@ -144,7 +145,7 @@ def norm_of(v):
 
 
 def check_backward(layer):
-    """All outputs against backward_reference. What differs is roundings of dG that fall the other way, each at most eps / 2 of it."""
+    """All outputs against backward_reference. Roundings of dG may fall the other way, each at most eps / 2 of it."""
     dgates, dhs, dcs, recurrent, dh0, dc0 = backward_reference(layer)
     eps = torch.finfo(layer.dtype).eps
     smallest = torch.finfo(layer.dtype).smallest_normal * eps

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
 
 def test_first_calls_are_pythons():
-    """A kind has a captured launches from its third call on; a thread's first launch is Triton's own, which gives it a context."""
+    """Captured launches are replayed from the third call on; a thread's first launch is Triton's, which gives it a context."""
     args = lambda: (randn(8, 64), False)  # noqa: E731
     done = []
 
@@ -63,7 +63,7 @@ def test_other_signatures_have_other_launches():
 
 
 def test_alignment():
-    """A view 4 bytes further does not take the aligned captured launches, whose kernel reads 16 bytes at a time; it gets its own."""
+    """A view 4 bytes further does not take the aligned launches, whose kernel reads 16 bytes at a time; it gets its own."""
     memory = randn(8 * 64 + 1)
     with rigged() as (rig, ops):
         for _ in range(4):
@@ -244,7 +244,7 @@ def test_nothing_captured_under_a_mode():
 
 
 def test_threads():
-    """Threads make and replay captured launches of different kinds at once; each call gets its own memory and its own launch."""
+    """Threads capture and replay launches of several signatures at once; each call gets its own memory and launch."""
     shapes = [(8, 64), (16, 64), (24, 128), (8, 128)]
     wrong = []
 

@@ -1,4 +1,4 @@
-"""What the recurrences of csrc/cuda do at the edges, on the host: beside what is not finite or only zeros, behind the last unit."""
+"""What the recurrences of csrc/cuda do at the edges: beside what is not finite or only zeros, behind the last unit."""
 
 import math
 
@@ -8,11 +8,11 @@ from recurrence_on_host import (
     DONE,
     DTYPES,
     Layer,
+    backward_reference,
     check_backward,
     check_forward,
     gradients,
     norm_of,
-    backward_reference,
 )
 
 from gradkernels.ops.lstm_layer import step_forward

@@ -15,13 +15,13 @@ from recurrence_on_host import (
     H100,
     Layer,
     Request,
+    backward_reference,
     check_backward,
     check_forward,
     gradients,
     norm_of,
-    tiling_of_request,
     pointer,
-    backward_reference,
+    tiling_of_request,
 )
 
 SHAPES = {
@@ -202,7 +202,7 @@ def test_nobody_waits_for_ever(body, backward, trouble):
     layer = Layer(body, 3, 140, [3] * 4)
     check_forward(layer)
     given = gradients(layer)
-    for name, value in (trouble | {"patience_seconds": 0.5}).items():
+    for name, value in (trouble | {"timeout_seconds": 0.5}).items():
         setattr(layer.request, name, value)
     start = time.monotonic()
     assert (layer.backward(*given) if backward else layer.forward()) == GIVEN_UP

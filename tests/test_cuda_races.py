@@ -61,8 +61,8 @@ def run(programs, sanitizer, case, forgotten=NOTHING):
     if sanitizer not in programs:
         pytest.skip(f"g++ is not there, or -fsanitize={sanitizer} does not run")
     *numbers, by_hand, sizes = case
-    words = [str(number) for number in (*numbers, forgotten, *by_hand, *sizes)]
-    done = subprocess.run([programs[sanitizer], *words], capture_output=True, text=True, env=SETTINGS, timeout=300)
+    vectors = [str(number) for number in (*numbers, forgotten, *by_hand, *sizes)]
+    done = subprocess.run([programs[sanitizer], *vectors], capture_output=True, text=True, env=SETTINGS, timeout=300)
     return done.returncode, done.stderr
 
 

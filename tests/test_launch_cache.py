@@ -105,7 +105,7 @@ def test_float32_residual_and_two_dimensions():
 
 
 def test_layouts():
-    """Rows with a stride of their own, and dense tensors in another order of dimensions, are no copies: they have captured launches."""
+    """Rows with a stride of their own, and dense tensors in another order of dimensions, are captured: they are no copies."""
     check(lambda: {"layer_norm_fwd": (randn(9, 100)[:, :64], randn(64), None, 1, 1e-6)})
     check(lambda: {"gelu_bwd": (randn(4, 6, 8).transpose(0, 2), randn(4, 6, 8).transpose(0, 2), True, None)})
     check(lambda: {"take_rows": (table(7), rows(7))})
@@ -164,7 +164,7 @@ def test_a_wrong_outcome_is_seen(what):
 
 
 def recurrence_calls(T, B, H, P, dtype, dy=True, on=True, reverse=False):
-    """{op: its arguments} of a padded recurrence of an LSTM layer in both directions of time; P: units of a projection, or 0."""
+    """{op: its arguments} of a padded recurrence, forward and backward; P: units of a projection, or 0."""
     rows, P, wide, projected = T * B, P or H, torch.float64 if dtype is torch.float64 else F32, P > 0
     operand = F32 if dtype is torch.float16 else dtype
     make, empty = partial(randn, dtype=dtype), partial(torch.empty, dtype=wide)
@@ -220,7 +220,9 @@ def test_recurrences_need_no_other_kernels_for_other_lengths_and_batches():
             for projection in (0, 24):
                 for op, args in recurrence_calls(T, B, 40, projection, BF16).items():
                     ops[op](*args)
-            assert len(rig.compiled) == 8  # forward, what comes in, backward; and with a projection one more of both recurrences
+            assert (
+                len(rig.compiled) == 8
+            )  # forward, what comes in, backward; and with a projection one more of both recurrences
 
 
 def parameter_table(compiled):

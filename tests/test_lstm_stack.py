@@ -1,7 +1,7 @@
 """Layers and directions that run concurrently, against one after the other.
 
-test_triton.py runs this file in a process of its own, on the interpreted kernels. Lanes are no streams here: their works are
-done in orders drawn by chance among those that the lanes and what each work waits for allow.
+test_triton.py runs this file in a process of its own, on the interpreted kernels. Streams are none here: their works
+are done in orders drawn by chance among those that the streams and what each work waits for allow.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from gradkernels.ops.lstm import sequential
 
 if "on_triton" in sys.modules:
     from gradkernels.triton.lstm.stack import concurrent, saved_for, schedule_of, schedules_of
-    from gradkernels.triton.lstm.streams import Lanes
+    from gradkernels.triton.lstm.streams import StreamGroup
 
 ON_HOST = "on_triton" in sys.modules and not sys.modules["on_triton"].ON_GPU
 pytestmark = pytest.mark.skipif(
@@ -33,7 +33,7 @@ MODULE = "gradkernels.triton.lstm.stack"
 @pytest.fixture
 def shuffled():
     Shuffled.seed, Shuffled.depth = 0, []
-    with mock.patch(f"{MODULE}.Lanes", Shuffled):
+    with mock.patch(f"{MODULE}.StreamGroup", Shuffled):
         yield Shuffled
 
 
@@ -44,7 +44,7 @@ def on_host(body):
         mock.patch(f"{persistent}.OPS", recurrences),
         mock.patch(f"{persistent}.tiled", recurrences.tiling_of),
         mock.patch(f"{MODULE}.tiled", recurrences.tiling_of),
-        mock.patch(f"{MODULE}.SPAN", 4),
+        mock.patch(f"{MODULE}.CHUNK_STEPS", 4),
     ):
         yield recurrences
 
@@ -65,10 +65,10 @@ LAYOUTS = {
 def test_directions(shuffled, on_host, layout):
     """Whatever the order, y, both states and all gradients have the bits of one part after the other."""
     stack, tensors = stack_of(**{"T": 3, "B": 3, "D": 6, "H": 7} | LAYOUTS[layout])
-    at_once, in_order = both(stack, tensors)
-    check(at_once, in_order)
+    together, in_sequence = both(stack, tensors)
+    check(together, in_sequence)
     shuffled.seed = 1
-    check(results(concurrent, stack, tensors, grads=at_once[3]), in_order)
+    check(results(concurrent, stack, tensors, grads=together[3]), in_sequence)
     assert shuffled.depth[0] == 2 * stack.num_layers - 1  # a layer's directions, and what joins them
     assert (on_host.recurrences == 0) == ("in steps" in layout)
 
@@ -85,17 +85,17 @@ def test_gradients_have_memory_of_their_own(shuffled, on_host, directions):
 def test_statistics(shuffled, on_host, sizes):
     """All tables of all parts, of both kinds."""
     stack, tensors = stack_of(3, 3, 6, 7, sizes=sizes, measured=True)
-    at_once, in_order = both(stack, tensors)
-    check(at_once, in_order)
-    assert all(table.any() for table in at_once[2])
+    together, in_sequence = both(stack, tensors)
+    check(together, in_sequence)
+    assert all(table.any() for table in together[2])
 
 
 def test_dropout(shuffled, on_host):
     """The same elements are dropped in both passes, and as many as were asked for."""
     stack, tensors = stack_of(3, 3, 6, 7, layers=3, dropout=0.25)
     masks = []
-    at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
-    check(at_once, results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3]))
+    together = results(lambda *args: keep(masks, stack, *args), stack, tensors)
+    check(together, results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=together[3]))
     kept = torch.cat([mask.flatten() for mask in masks]).float().mean()
     assert 0.6 < kept < 0.9
 
@@ -118,8 +118,8 @@ def test_frozen(shuffled, on_host, frozen):
     trained, still = tensors[FROZEN[frozen][0]], FROZEN[frozen][1]
     for tensor in tensors:
         tensor.requires_grad_(any(tensor is other for other in trained))
-    at_once, in_order = both(stack, tensors, wanted=trained)
-    check(at_once, in_order)
+    together, in_sequence = both(stack, tensors, wanted=trained)
+    check(together, in_sequence)
     assert [bool(table.any()) for table in stack.time_stats].count(False) == still
 
 
@@ -171,17 +171,17 @@ def test_weights_of_any_layout(shuffled, on_host, directions):
     stack, tensors = stack_of(8, 3, 6, 7, directions=directions)
     tensors = [t.detach().T.contiguous().T.requires_grad_() if t.dim() == 2 else t for t in tensors]
     outputs, gradients, *_ = results(concurrent, stack, tensors)
-    assert on_host.recurrences == 8  # two parts in two spans, or four parts, both ways
+    assert on_host.recurrences == 8  # two parts in two chunks, or four parts, both ways
     assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
 
 def test_only_what_a_pass_is_asked_for(shuffled, on_host):
     """A pass to x alone neither forms the gradients of weights nor measures them."""
     stack, tensors = stack_of(3, 3, 6, 7, measured=True)
-    at_once, in_order = both(stack, tensors, wanted=tensors[:1])
-    check(at_once, in_order)
-    assert at_once[2][0][:2].any()
-    assert not at_once[2][0][2:].any()
+    together, in_sequence = both(stack, tensors, wanted=tensors[:1])
+    check(together, in_sequence)
+    assert together[2][0][:2].any()
+    assert not together[2][0][2:].any()
 
 
 @pytest.mark.parametrize("directions", [1, 2])
@@ -239,33 +239,33 @@ def test_mistakes(shuffled):
     [(torch.bfloat16, 0.0, 16), (torch.float16, 0.25, 16), (torch.bfloat16, 0.0, 132)],
     ids=["", "dropout", "grid"],
 )
-def test_layers_in_spans(shuffled, on_host, dtype, dropout, H):
+def test_layers_in_chunks(shuffled, on_host, dtype, dropout, H):
     """Layers that follow one another give what they give in turn; only the input products have other shapes."""
     T, layers = 13, 3
     measured = dtype is torch.bfloat16 and not dropout and H == 16
     stack, tensors = stack_of(T, 9, 5, H, layers, 1, dropout=dropout, dtype=dtype, measured=measured)
     masks = []
-    at_once = results(lambda *args: keep(masks, stack, *args), stack, tensors)
-    assert on_host.recurrences == 2 * 3 * layers  # both ways, three spans
-    again = results(concurrent, stack, tensors, grads=at_once[3]) if not dropout else at_once
-    check(at_once, again)
-    in_order = results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=at_once[3])
-    for ours, theirs in zip(at_once[:3], in_order[:3], strict=True):
+    together = results(lambda *args: keep(masks, stack, *args), stack, tensors)
+    assert on_host.recurrences == 2 * 3 * layers  # both ways, three chunks
+    again = results(concurrent, stack, tensors, grads=together[3]) if not dropout else together
+    check(together, again)
+    in_sequence = results(lambda *args: sequential(*args, dropping(masks, stack)), stack, tensors, grads=together[3])
+    for ours, theirs in zip(together[:3], in_sequence[:3], strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
-    works = 2 if dropout else 1  # a span, of the layers above the first: what joins them, and the recurrence
-    assert shuffled.depth[0] == 1 + works * (layers - 1 + 3 - 1)  # spans and layers, not their product
+    works = 2 if dropout else 1  # a chunk, of the layers above the first: what joins them, and the recurrence
+    assert shuffled.depth[0] == 1 + works * (layers - 1 + 3 - 1)  # chunks and layers, not their product
     assert shuffled.depth[1] == layers + 3 - 1 + 1  # and the weights' gradients
 
 
 def test_schedules(on_host):
-    """Layers run concurrently where two fit and there are enough steps; directions always, on half of the device if that pays."""
+    """Layers run concurrently where two fit and there are enough steps; directions always, on halves if that pays."""
 
     def schedules(T, H, sms=132, **options):
         on_host.sms = sms
         stack, tensors = stack_of(T, 2, 3, H, **options)
         found = (schedule_of(stack, *tensors[:2], stack.weights_of(tensors[3:], 0), way) for way in (False, True))
-        return [(len(schedule.spans), schedule.at_once) for schedule in found]
+        return [(len(schedule.chunks), schedule.num_concurrent) for schedule in found]
 
     assert schedules(13, 16, directions=1) == [(3, 2), (3, 2)]
     assert schedules(50, 200, directions=1) == [(8, 2), (8, 2)]
@@ -309,8 +309,8 @@ class FakeStream:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_lanes(fails):
-    """Every lane begins after the current stream, which goes on after every lane, also where a work raises."""
+def test_streams(fails):
+    """Every stream begins after the current stream, which goes on after every stream, also where a work raises."""
     log = []
     current = FakeStream("current", log)
 
@@ -331,12 +331,12 @@ def test_lanes(fails):
         mock.patch("torch.cuda.current_stream", return_value=current),
         mock.patch("torch.cuda.stream", entered),
         pytest.raises(RuntimeError, match="no memory") if fails else contextlib.nullcontext(),
-        Lanes(torch.device("cuda", 0), 2) as lanes,
+        StreamGroup(torch.device("cuda", 0), 2) as streams,
     ):
-        assert Lanes(torch.device("cuda", 0), 2).streams is not lanes.streams
-        assert Lanes(torch.device("cuda", 0), 2).streams == lanes.streams
-        event = lanes.run(0, lambda: log.append("works"))
-        lanes.run(1, work, [event])
+        assert StreamGroup(torch.device("cuda", 0), 2).streams is not streams.streams
+        assert StreamGroup(torch.device("cuda", 0), 2).streams == streams.streams
+        event = streams.run(0, lambda: log.append("works"))
+        streams.run(1, work, [event])
     begin = ["a waits for current", "b waits for current", "a is current", "works", "a is not current", "a records"]
     inside = ["b waits for event 6", "b is current", "works", *([] if fails else ["b is not current", "b records"])]
     assert log == [*begin, *inside, "current waits for a", "current waits for b"]

@@ -85,7 +85,7 @@ def test_revert_of_a_changed_layer(layer, change):
     assert len(caught) == (reason is not None)
     if reason is not None:
         assert re.search(rf"revert: .* 1 \(\w+\): .*{reason}", str(caught[0].message))
-    assert isinstance(net[1], gk.nn._Measuring) == (reason is not None)
+    assert isinstance(net[1], gk.nn.FusedModule) == (reason is not None)
     got, after = train(net, shape)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(after, parameters)

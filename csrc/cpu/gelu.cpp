@@ -1,6 +1,6 @@
 // GELU (Hendrycks and Gimpel 2016), exact and tanh form.
 //   exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
-//   tanh   y = x S(u), S the logistic function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
+//   tanh   y = x S(u), S the sigmoid function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
 // One program owns a contiguous range of elements, read in blocks of FOLD.
 #include <cmath>
 
@@ -225,7 +225,7 @@ Tensor gelu_bwd(const Tensor& dy_any, const Tensor& x_any, bool tanh, const Opti
   check_floating("gelu_bwd", "x", x_any.scalar_type());
   check("gelu_bwd", "dy", dy_any, x_any.sizes(), x_any.scalar_type());
   check_stats("gelu_bwd", stats, 2);
-  const Tensor x = dense(x_any), dy = laid_out_as(x, dy_any);
+  const Tensor x = dense(x_any), dy = with_strides_of(x, dy_any);
   Tensor dx = at::empty_like(x);
   const int64_t num_blocks = (x.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;
   const int64_t programs = num_programs(num_blocks, POINTWISE_BLOCK);

@@ -10,7 +10,7 @@
 
 constexpr int64_t ROWS = GK_VECTOR_BYTES == 64 ? 2 : 1;
 constexpr int64_t FAR = 1024;  // bytes of a row from which on the backward takes rows far from each other: see norm_bwd_block
-constexpr int64_t SPAN = 256 * STEP<float>;  // elements that are summed in float: 256 additions a lane
+constexpr int64_t CHUNK = 256 * STEP<float>;  // elements that are summed in float: 256 additions a lane
 
 // Where the vectors of a row start: pairs below `whole`, then one or two single ones.
 template <typename T>
@@ -22,10 +22,10 @@ struct RowShape {
         first(std::min(N - whole, WIDTH<Acc<T>>), room),
         second(std::max<int64_t>(N - whole - WIDTH<Acc<T>>, 0), room) {}
 
-  // Calls body(access, k) for the vectors that start in columns [begin, min(N, begin + SPAN)).
+  // Calls body(access, k) for the vectors that start in columns [begin, min(N, begin + CHUNK)).
   template <typename Body>
   GK_INLINE void for_each_vector(int64_t begin, const Body& body) const {
-    const int64_t end = std::min(whole, begin + SPAN);
+    const int64_t end = std::min(whole, begin + CHUNK);
     for (int64_t k = begin; k < end; k += STEP<T>) body(Whole<T>(), k);
     if (end < whole || whole == N) return;
     body(first, whole);
@@ -33,14 +33,14 @@ struct RowShape {
   }
   template <typename Body>
   GK_INLINE void for_each_vector(const Body& body) const {
-    for (int64_t begin = 0; begin == 0 || begin < whole; begin += SPAN) for_each_vector(begin, body);
+    for (int64_t begin = 0; begin == 0 || begin < whole; begin += CHUNK) for_each_vector(begin, body);
   }
 
   int64_t N, whole;
   Part<T> first, second;
 };
 
-// The sums of R rows: vectors in float over SPAN columns, and their totals in double.
+// The sums of R rows: vectors in float over CHUNK columns, and their totals in double.
 template <typename A, int R>
 struct RowSums {
   Pair<A> recent[R]{};
@@ -65,7 +65,7 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
   const double one_column = 1.0 / static_cast<double>(N);
   RowSums<A, R> sums, first, second;
   Vec<A> centre[R], shift[R], scale[R];
-  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
+  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += CHUNK) {
     row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) sums.recent[r] += access.load(x + r * N + k);
@@ -73,7 +73,7 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
     sums.fold();
   }
   for (int r = 0; r < R; ++r) centre[r] = broadcast<A>(static_cast<A>(sums.total[r] * one_column));
-  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
+  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += CHUNK) {
     row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
@@ -128,7 +128,7 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
   const double one_column = 1.0 / static_cast<double>(row.N);
   RowSums<A, R> sum_g, sum_gx;
   Sums<TY> sums_dy = sums.dy;
-  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += SPAN) {
+  for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += CHUNK) {
     row.for_each_vector(begin, [&](auto access, int64_t k) __attribute__((always_inline)) {
       const auto w = access.load_column(weight + k);
       auto column_dy = w, column_dyx = w;

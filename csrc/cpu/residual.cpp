@@ -61,7 +61,7 @@ Tensor residual_bwd(const OptionalTensor& dskip_any, const OptionalTensor& dbran
   if (!dbranch_any) return only_one(*dskip_any, 0, stats);
   if (!dskip_any) return only_one(*dbranch_any, 1, stats);
   check("residual_bwd", "dbranch", *dbranch_any, dskip_any->sizes(), dskip_any->scalar_type());
-  const Tensor dskip = dense(*dskip_any), dbranch = laid_out_as(dskip, *dbranch_any);
+  const Tensor dskip = dense(*dskip_any), dbranch = with_strides_of(dskip, *dbranch_any);
   Tensor dx = at::empty_like(dskip);
   const int64_t num_blocks = (dx.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;
   const int64_t programs = num_programs(num_blocks, POINTWISE_BLOCK);

@@ -1,6 +1,6 @@
 // Vectors of one instruction set, written with the compiler's vector type so that every kernel is written once.
 // Included inside namespace gk::GK_ISA, once per instruction set; no include guard.
-// Loads widen to float (double stays double); stores round to nearest even.
+// Loads upcast to float (double stays double); stores round to nearest even.
 
 template <typename A>
 struct Lanes;
@@ -38,10 +38,10 @@ static GK_INLINE R load_as(const T* p) {
 static GK_INLINE F load(const float* p) { return load_as<F>(p); }
 static GK_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 #if GK_VECTOR_BYTES == 64
-static GK_INLINE F widen(__m256i bits, c10::BFloat16) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
-static GK_INLINE F widen(__m256i bits, c10::Half) { return (F)_mm512_cvtph_ps(bits); }
-static GK_INLINE F load(const c10::BFloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p), c10::BFloat16()); }
-static GK_INLINE F load(const c10::Half* p) { return widen(_mm256_loadu_si256((const __m256i*)p), c10::Half()); }
+static GK_INLINE F upcast(__m256i bits, c10::BFloat16) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+static GK_INLINE F upcast(__m256i bits, c10::Half) { return (F)_mm512_cvtph_ps(bits); }
+static GK_INLINE F load(const c10::BFloat16* p) { return upcast(_mm256_loadu_si256((const __m256i*)p), c10::BFloat16()); }
+static GK_INLINE F load(const c10::Half* p) { return upcast(_mm256_loadu_si256((const __m256i*)p), c10::Half()); }
 #else
 static GK_INLINE F load(const c10::BFloat16* p) {
 #if GK_VECTOR_BYTES == 32
@@ -184,7 +184,7 @@ struct Part {
   GK_INLINE Vec<A> load(const double* p) const { return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)lanes, p); }
   template <typename U>
   GK_INLINE Vec<A> load(const U* p) const {
-    return widen(_mm256_maskz_loadu_epi16((__mmask16)lanes, p), U());
+    return upcast(_mm256_maskz_loadu_epi16((__mmask16)lanes, p), U());
   }
   template <typename Bits, typename U>
   GK_INLINE Bits load_bits(const U* p) const {

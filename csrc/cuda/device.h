@@ -22,7 +22,7 @@
 
 namespace gk {
 
-struct alignas(16) Words {
+struct alignas(16) Vector16 {
   uint32_t x, y, z, w;
 };
 struct alignas(8) Pairs {
@@ -71,7 +71,7 @@ GK_DEVICE void mma(Half, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 // Sixteen bytes that another block has written during this launch: out of the L2 cache, never out of this SM's own.
-GK_DEVICE Words load_foreign(const Words* p) {
+GK_DEVICE Vector16 load_foreign(const Vector16* p) {
   const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
   return {v.x, v.y, v.z, v.w};
 }
@@ -88,18 +88,18 @@ GK_DEVICE uint64_t peek(const uint64_t* flag) {
 GK_DEVICE void acquire() { __threadfence(); }
 
 // A poll takes about a microsecond, so this is half a minute and more: no live peer needs as long for one step.
-GK_DEVICE bool impatient(uint32_t polls) { return polls > (1u << 25); }
-GK_DEVICE void give_up() { __trap(); }
+GK_DEVICE bool timed_out(uint32_t polls) { return polls > (1u << 25); }
+GK_DEVICE void trap() { __trap(); }
 
-// __expf: 2 ulp and 1.2 ulp more for each unit of |x|, about 2e-6 where the logistic function is not flat yet.
+// __expf: 2 ulp and 1.2 ulp more for each unit of |x|, about 2e-6 where the sigmoid function is not flat yet.
 GK_DEVICE float exponential(float x) { return __expf(x); }
 GK_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 GK_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 GK_DEVICE float power_of_two(int exponent) { return ldexpf(1.0f, exponent); }
 
 GK_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-GK_DEVICE float widen(Bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-GK_DEVICE float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+GK_DEVICE float upcast(Bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+GK_DEVICE float upcast(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 GK_DEVICE void narrow(float x, Bfloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 GK_DEVICE void narrow(float x, Half& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
 
@@ -115,19 +115,19 @@ template <typename A>
 A shuffle_xor(A v, int mask);
 void mma(Bfloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma(Half, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-Words load_foreign(const Words* p);
+Vector16 load_foreign(const Vector16* p);
 void publish(uint64_t* flag, uint64_t value);
 uint64_t peek(const uint64_t* flag);
 void acquire();
-bool impatient(uint32_t polls);
-void give_up();
+bool timed_out(uint32_t polls);
+void trap();
 float exponential(float x);
 float reciprocal(float x);
 float hyperbolic_tangent(float x);
 float power_of_two(int exponent);
 uint32_t bits_of(float x);
-float widen(Bfloat16 x);
-float widen(Half x);
+float upcast(Bfloat16 x);
+float upcast(Half x);
 void narrow(float x, Bfloat16& y);
 void narrow(float x, Half& y);
 

@@ -1,5 +1,6 @@
-// The recurrences of one LSTM layer through time on a GPU of sm_80 or later, in one launch each. What a block does at every step is
-// in lstm_recurrence_forward.h and lstm_recurrence_backward.h; the products before and after the recurrence are PyTorch's.
+// The recurrences of one LSTM layer through time on a GPU of sm_80 or later, in one launch each. What a block does at every
+// step is in lstm_recurrence_forward.h and lstm_recurrence_backward.h; the products before and after the recurrence are
+// PyTorch's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -66,12 +67,12 @@ static int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// How the recurrence runs on the current device, `device`, as one of `at_once` such recurrences between which its SMs are divided, or a
-// tiling with M = 0 where it does not: the device is too old, W_hh does not fit, or the device itself says that not all blocks
-// would be resident at once, which waiting for each other takes.
-static Tiling tiling_on(int device, int64_t B, int64_t H, bool half, bool backward, int64_t at_once) {
+// How the recurrence runs on the current device, `device`, as one of `num_concurrent` such recurrences between which its SMs
+// are divided, or a tiling with M = 0 where it does not: the device is too old, W_hh does not fit, or the device itself says
+// that not all blocks would be resident at once, which waiting for each other takes.
+static Tiling tiling_on(int device, int64_t B, int64_t H, bool half, bool backward, int64_t num_concurrent) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) return {};
-  const Limits limits{attribute(cudaDevAttrMultiProcessorCount, device) / static_cast<int>(at_once),
+  const Limits limits{attribute(cudaDevAttrMultiProcessorCount, device) / static_cast<int>(num_concurrent),
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   const Tiling p = choose_tiling(B, H, backward, limits);
   if (p.M == 0 || (!p.local && !attribute(cudaDevAttrCooperativeLaunch, device))) return {};
@@ -87,11 +88,12 @@ static Tiling tiling_on(int device, int64_t B, int64_t H, bool half, bool backwa
 }
 
 std::array<int64_t, 2> recurrence_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
-                                      int64_t at_once) {
-  STD_TORCH_CHECK(dtype == "bfloat16" || dtype == "float16", "recurrence_on_device: dtype must be bfloat16 or float16, got ", dtype);
-  STD_TORCH_CHECK(at_once > 0, "recurrence_on_device: at_once must be positive, got ", at_once);
+                                            int64_t num_concurrent) {
+  STD_TORCH_CHECK(dtype == "bfloat16" || dtype == "float16", "recurrence_on_device: dtype must be bfloat16 or float16, got ",
+                  dtype);
+  STD_TORCH_CHECK(num_concurrent > 0, "recurrence_on_device: num_concurrent must be positive, got ", num_concurrent);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tiling p = tiling_on(device, B, H, dtype == "float16", backward, at_once);
+  const Tiling p = tiling_on(device, B, H, dtype == "float16", backward, num_concurrent);
   return {p.M == 0 ? 0 : p.programs(), p.cycles};
 }
 
@@ -111,25 +113,27 @@ static void check_tensor(const char* name, const Tensor& t, ScalarType dtype, st
 class Launch {
  public:
   Launch(const Tensor& gates, const Tensor& weight_hh, int64_t B, const OptionalTensor& batch_sizes, bool reverse,
-         bool backward, int64_t at_once)
+         bool backward, int64_t num_concurrent)
       : guard_(gates.get_device_index()), device_(gates.get_device_index()), backward_(backward) {
     const ScalarType dtype = weight_hh.scalar_type();
     const int64_t H = weight_hh.size(1), rows = gates.size(0);
     STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                     "lstm_recurrence: weight_hh must be bfloat16 or float16");
     half_ = dtype == ScalarType::Half;
-    STD_TORCH_CHECK(at_once > 0, "lstm_recurrence: at_once must be positive, got ", at_once);
-    const Tiling tiling = tiling_on(device_, B, H, half_, backward, at_once);
-    STD_TORCH_CHECK(tiling.M != 0, "lstm_recurrence: B = ", B, ", H = ", H, " does not fit this device: ask recurrence_on_device first");
+    STD_TORCH_CHECK(num_concurrent > 0, "lstm_recurrence: num_concurrent must be positive, got ", num_concurrent);
+    const Tiling tiling = tiling_on(device_, B, H, half_, backward, num_concurrent);
+    STD_TORCH_CHECK(tiling.M != 0, "lstm_recurrence: B = ", B, ", H = ", H,
+                    " does not fit this device: ask recurrence_on_device first");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    const int64_t exchange = tiling.local ? 0 : int64_t{2} * tiling.groups * tiling.exchange_words, flags = 2 * tiling.programs();
-    scratch_ = torch::stable::new_empty(gates, {2 * exchange + flags}, ScalarType::Long);
-    auto* words = static_cast<Words*>(scratch_.mutable_data_ptr());
-    check(cudaMemsetAsync(words, 0, 16 * exchange + 8 * flags, stream_), "cudaMemsetAsync");
+    const int64_t double_buffer = tiling.local ? 0 : int64_t{2} * tiling.groups * tiling.buffer_vectors,
+                  flags = 2 * tiling.programs();
+    scratch_ = torch::stable::new_empty(gates, {2 * double_buffer + flags}, ScalarType::Long);
+    auto* vectors = static_cast<Vector16*>(scratch_.mutable_data_ptr());
+    check(cudaMemsetAsync(vectors, 0, 16 * double_buffer + 8 * flags, stream_), "cudaMemsetAsync");
     const int64_t T = batch_sizes ? batch_sizes->numel() : rows / B;
-    recurrence = {tiling, T, B, H, nullptr, reverse, words, reinterpret_cast<uint64_t*>(words + exchange)};
+    recurrence = {tiling, T, B, H, nullptr, reverse, vectors, reinterpret_cast<uint64_t*>(vectors + double_buffer)};
     if (batch_sizes) send_offsets(gates, *batch_sizes);
     STD_TORCH_CHECK(batch_sizes || T * B == rows, "lstm_recurrence: ", rows, " rows are not whole steps of ", B);
   }
@@ -141,7 +145,7 @@ class Launch {
     const dim3 blocks(recurrence.tiling.programs()), threads(THREADS);
     const size_t shared = recurrence.tiling.shared_bytes;
     check(recurrence.tiling.local ? cudaLaunchKernel(kernel, blocks, threads, list, shared, stream_)
-                          : cudaLaunchCooperativeKernel(kernel, blocks, threads, list, shared, stream_),
+                                  : cudaLaunchCooperativeKernel(kernel, blocks, threads, list, shared, stream_),
           "launch");
   }
 
@@ -188,8 +192,8 @@ static A* writable(const Tensor& t) {
   return static_cast<A*>(t.mutable_data_ptr());
 }
 
-void lstm_recurrence_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor y, Tensor cells, OptionalTensor batch_sizes,
-                   bool reverse, int64_t at_once) {
+void lstm_recurrence_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor y, Tensor cells,
+                         OptionalTensor batch_sizes, bool reverse, int64_t num_concurrent) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
   const ScalarType dtype = weight_hh.scalar_type();
   check_tensor("weight_hh", weight_hh, dtype, {4 * H, H});
@@ -198,15 +202,16 @@ void lstm_recurrence_fwd(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, T
   check_tensor("c0", c0, ScalarType::Float, {B, H});
   check_tensor("y", y, dtype, {rows, H});
   check_tensor("cells", cells, ScalarType::Float, {rows, H});
-  Launch launch(gates, weight_hh, B, batch_sizes, reverse, false, at_once);
+  Launch launch(gates, weight_hh, B, batch_sizes, reverse, false, num_concurrent);
   launch.run(Forward{launch.recurrence, pointer<uint16_t>(weight_hh), pointer<uint16_t>(h0), pointer<float>(c0),
                      writable<float>(gates), writable<float>(cells), writable<uint16_t>(y)},
              false);
 }
 
 void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells,
-                   Tensor dgates, OptionalTensor partials, OptionalTensor exponents, OptionalTensor carry, bool resumes,
-                   bool pauses, OptionalTensor batch_sizes, bool reverse, int64_t at_once) {
+                         Tensor dgates, OptionalTensor partials, OptionalTensor exponents, OptionalTensor carried_state,
+                         bool continues_from, bool continues_to, OptionalTensor batch_sizes, bool reverse,
+                         int64_t num_concurrent) {
   const int64_t rows = gates.size(0), B = c0.size(0), H = c0.size(1);
   const ScalarType dtype = weight_hh.scalar_type();
   check_tensor("weight_hh", weight_hh, dtype, {4 * H, H});
@@ -217,11 +222,14 @@ void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_
   check_tensor("dc", dc, ScalarType::Float, {B, H});
   check_tensor("dgates", dgates, dtype, {rows, 4 * H});
   if (dy) check_tensor("dy", *dy, dtype, {rows, H});
-  Launch launch(gates, weight_hh, B, batch_sizes, reverse, true, at_once);
-  const int64_t T = launch.recurrence.T, programs = launch.recurrence.tiling.programs(), groups = launch.recurrence.tiling.groups;
-  STD_TORCH_CHECK(partials.has_value() == exponents.has_value(), "lstm_recurrence: partials and exponents must be given together");
-  STD_TORCH_CHECK(carry ? !batch_sizes : !resumes && !pauses, "lstm_recurrence: spans must be padded, and have a carry");
-  if (carry) check_tensor("carry", *carry, ScalarType::Int, {programs, 2});
+  Launch launch(gates, weight_hh, B, batch_sizes, reverse, true, num_concurrent);
+  const int64_t T = launch.recurrence.T, programs = launch.recurrence.tiling.programs(),
+                groups = launch.recurrence.tiling.groups;
+  STD_TORCH_CHECK(partials.has_value() == exponents.has_value(),
+                  "lstm_recurrence: partials and exponents must be given together");
+  STD_TORCH_CHECK(carried_state ? !batch_sizes : !continues_from && !continues_to,
+                  "lstm_recurrence: chunks must be padded, and have a carried_state");
+  if (carried_state) check_tensor("carried_state", *carried_state, ScalarType::Int, {programs, 2});
   Backward p{launch.recurrence,
              pointer<uint16_t>(weight_hh),
              dy ? pointer<uint16_t>(*dy) : nullptr,
@@ -233,9 +241,9 @@ void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_
              writable<uint16_t>(dgates),
              nullptr,
              nullptr,
-             carry ? writable<int32_t>(*carry) : nullptr,
-             resumes,
-             pauses};
+             carried_state ? writable<int32_t>(*carried_state) : nullptr,
+             continues_from,
+             continues_to};
   if (!partials) return launch.run(p, false);
   check_tensor("partials", *partials, ScalarType::Double, {T, programs, NUM_SUMS});
   check_tensor("exponents", *exponents, ScalarType::Int, {T});
@@ -253,11 +261,11 @@ void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_
 STABLE_TORCH_LIBRARY_FRAGMENT(gradkernels, m) {
   m.def(
       "lstm_recurrence_fwd(Tensor(a!) gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor(b!) y, Tensor(c!) cells, "
-      "Tensor? batch_sizes, bool reverse, int at_once) -> ()");
+      "Tensor? batch_sizes, bool reverse, int num_concurrent) -> ()");
   m.def(
       "lstm_recurrence_bwd(Tensor? dy, Tensor(a!) dh, Tensor(b!) dc, Tensor weight_hh, Tensor c0, Tensor gates, Tensor cells, "
       "Tensor(c!) dgates, Tensor(d!)? partials, Tensor(e!)? exponents, Tensor(f!)? carry, bool resumes, bool pauses, "
-      "Tensor? batch_sizes, bool reverse, int at_once) -> ()");
+      "Tensor? batch_sizes, bool reverse, int num_concurrent) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) {

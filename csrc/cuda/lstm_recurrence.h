@@ -17,10 +17,10 @@ namespace gk {
 struct Recurrence {
   Tiling tiling;
   int64_t T, B, H;
-  const int64_t* offsets;  // (T + 1,): the first row of each step; null where all steps have B rows
-  bool reverse;            // the forward pass goes from the last step to the first
-  Words* exchange;         // (2, groups, exchange_words), zeros; unused by one block
-  uint64_t* flags;         // (2, groups, slices), zeros
+  const int64_t* offsets;   // (T + 1,): the first row of each step; null where all steps have B rows
+  bool reverse;             // the forward pass goes from the last step to the first
+  Vector16* double_buffer;  // (2, groups, buffer_vectors), zeros; unused by one block
+  uint64_t* flags;          // (2, groups, slices), zeros
 };
 
 struct Step {
@@ -34,12 +34,12 @@ GK_DEVICE Step step_at(const Recurrence& w, int64_t t) {
 }
 
 // What one thread is in its block: its place in the product, and the block's in the grid.
-struct Place {
+struct ThreadCoordinates {
   int lane, warp, unit_warp, row_warp, k_warp;
   int k_begin, k_end;  // k blocks of this warp
   int slice, group;
 
-  GK_DEVICE explicit Place(const Tiling& p) {
+  GK_DEVICE explicit ThreadCoordinates(const Tiling& p) {
     lane = device::thread() % 32;
     warp = device::thread() / 32;
     k_warp = warp % p.k_warps;
@@ -53,38 +53,38 @@ struct Place {
 };
 
 // The front of shared memory.
-struct Head {
+struct SharedHeader {
   uint32_t maxima[2][2][WARPS];  // [parity][largest, incoming][warp]
   uint32_t seen[2][2];           // the same of all blocks
   double squares[3][WARPS];      // of one step: dh, dc, recurrent dh
   float forget[WARPS];
   uint32_t counts[2][WARPS];
 };
-static_assert(sizeof(Head) <= HEAD_BYTES, "the head of shared memory is larger than tiled");
+static_assert(sizeof(SharedHeader) <= HEAD_BYTES, "the head of shared memory is larger than tiled");
 
 struct Memory {
-  Head* head;
-  Words* weights;   // what does not fit the registers: [unit warp][k warp][turn][k block][2 M][lane]
-  float* sums;      // [k warp][row tile][row][COLUMNS], the partial products
-  Words* exchange;  // of one block alone
+  SharedHeader* head;
+  Vector16* weights;        // what does not fit the registers: [unit warp][k warp][turn][k block][2 M][lane]
+  float* sums;              // [k warp][row tile][row][COLUMNS], the partial products
+  Vector16* double_buffer;  // of one block alone
 
   GK_DEVICE explicit Memory(const Tiling& p) {
     char* base = device::shared();
-    head = reinterpret_cast<Head*>(base);
-    weights = reinterpret_cast<Words*>(base + HEAD_BYTES);
+    head = reinterpret_cast<SharedHeader*>(base);
+    weights = reinterpret_cast<Vector16*>(base + HEAD_BYTES);
     sums = reinterpret_cast<float*>(base + HEAD_BYTES + p.weight_bytes);
-    exchange = reinterpret_cast<Words*>(base + HEAD_BYTES + p.weight_bytes + p.sum_bytes);
+    double_buffer = reinterpret_cast<Vector16*>(base + HEAD_BYTES + p.weight_bytes + p.sum_bytes);
   }
 };
 
-// One (unit, batch row) pair that a thread looks after, and where it finds its parts.
+// One (unit, batch row) pair that a thread owns, and where it finds its parts.
 struct Cell {
   int unit, row;
   bool there;
-  int sums, exchange;  // offsets: of its first sum in its row tile's, and of its first element in an exchange buffer
+  int sums, double_buffer;  // offsets: of its first sum in its row tile's, and of its first element in an exchange buffer
 
   // `rows`: of the product, a unit. Forward rows are [8 units][gate][unit], so gate g is 8 g rows further.
-  GK_DEVICE Cell(const Recurrence& w, const Place& place, int index, bool backward) {
+  GK_DEVICE Cell(const Recurrence& w, const ThreadCoordinates& place, int index, bool backward) {
     const Tiling& p = w.tiling;
     const int local = device::thread() + index * THREADS, u = local & (p.units - 1), b = local / p.units;
     unit = place.slice * p.units + u;
@@ -93,7 +93,7 @@ struct Cell {
     const int product_rows = backward ? p.units : 4 * p.units, tile = b / COLUMNS, column = b % COLUMNS;
     sums = (tile * product_rows + (backward ? u : u / 8 * 32 + u % 8)) * COLUMNS + column;
     const int k = backward ? 4 * unit : unit;
-    exchange = ((k / 32 * p.row_tiles + tile) * 32 + column * 4 + k % 32 / 8) * 8 + k % 8;
+    double_buffer = ((k / 32 * p.row_tiles + tile) * 32 + column * 4 + k % 32 / 8) * 8 + k % 8;
   }
 };
 
@@ -104,11 +104,11 @@ struct ForwardWeights {
   bool aligned;
 
   // `half` 0 or 1: row lane / 4 or 8 more of m tile `tile`, whose first unit is `unit`; 8 elements along K.
-  GK_DEVICE Words load(int64_t unit, int tile, int half, int k_block, int lane) const {
+  GK_DEVICE Vector16 load(int64_t unit, int tile, int half, int k_block, int lane) const {
     const int64_t row = unit + tile / 2 * 8 + lane / 4, k = int64_t{32} * k_block + 8 * (lane % 4);
     const uint16_t* source = weight_hh + ((tile % 2 * 2 + half) * H + row) * H + k;
     if (row >= H) return {0, 0, 0, 0};
-    if (aligned && k + 8 <= H) return *reinterpret_cast<const Words*>(source);
+    if (aligned && k + 8 <= H) return *reinterpret_cast<const Vector16*>(source);
     uint32_t v[8];
     GK_UNROLL
     for (int i = 0; i < 8; ++i) v[i] = k + i < H ? source[i] : 0;
@@ -121,7 +121,7 @@ struct BackwardWeights {
   const uint16_t* weight_hh;
   int64_t H;
 
-  GK_DEVICE Words load(int64_t unit, int tile, int half, int k_block, int lane) const {
+  GK_DEVICE Vector16 load(int64_t unit, int tile, int half, int k_block, int lane) const {
     const int64_t column = unit + tile * 16 + half * 8 + lane / 4, first = int64_t{8} * k_block + 2 * (lane % 4);
     uint32_t v[8];
     GK_UNROLL
@@ -137,11 +137,11 @@ struct BackwardWeights {
 template <typename T, int M, int TURNS, int RESIDENT>
 struct Stationary {
   static constexpr int SLOTS = RESIDENT / (2 * M) / TURNS;  // k blocks of a tile in registers
-  Words resident[TURNS][SLOTS][2 * M];
-  Words* others;
+  Vector16 resident[TURNS][SLOTS][2 * M];
+  Vector16* others;
 
   template <typename Weights>
-  GK_DEVICE Stationary(const Tiling& p, const Place& place, const Memory& memory, const Weights& weights) {
+  GK_DEVICE Stationary(const Tiling& p, const ThreadCoordinates& place, const Memory& memory, const Weights& weights) {
     const int tile_units = p.units / (p.unit_warps * TURNS), length = place.k_end - place.k_begin;
     others = memory.weights + (place.unit_warp * p.k_warps + place.k_warp) * TURNS * p.shared_weights * 2 * M * 32;
     GK_UNROLL
@@ -167,7 +167,7 @@ struct Stationary {
   }
 
   // Two products of one k block: sums[0] and sums[1] are chains of their own, so that one need not wait for the other.
-  GK_DEVICE static void product(float (&sums)[2][M][4], const Words (&w)[2 * M], const Words& e) {
+  GK_DEVICE static void product(float (&sums)[2][M][4], const Vector16 (&w)[2 * M], const Vector16& e) {
     GK_UNROLL
     for (int m = 0; m < M; ++m) {
       const uint32_t first[4] = {w[2 * m].x, w[2 * m + 1].x, w[2 * m].y, w[2 * m + 1].y};
@@ -177,20 +177,21 @@ struct Stationary {
     }
   }
 
-  // This warp's part of W_hh times the rows in `exchange`, into its part of `sums`. All warps must meet before these are read.
+  // This warp's part of W_hh times the rows in `double_buffer`, into its part of `sums`. All warps must meet before these are
+  // read.
   template <bool LOCAL>
-  GK_DEVICE void multiply(const Tiling& p, const Place& place, const Words* exchange, float* sums) const {
+  GK_DEVICE void multiply(const Tiling& p, const ThreadCoordinates& place, const Vector16* double_buffer, float* sums) const {
     const int length = place.k_end - place.k_begin, rows = 16 * M * TURNS * p.unit_warps, stride = p.row_tiles * 32;
-    const auto load = [&](const Words* source) { return LOCAL ? *source : device::load_foreign(source); };
+    const auto load = [&](const Vector16* source) { return LOCAL ? *source : device::load_foreign(source); };
     GK_ROLLED
     for (int tile = place.row_warp; tile < p.row_tiles; tile += p.row_warps) {
-      const Words* column = exchange + place.k_begin * stride + tile * 32 + place.lane;
+      const Vector16* column = double_buffer + place.k_begin * stride + tile * 32 + place.lane;
       GK_UNROLL
       for (int turn = 0; turn < TURNS; ++turn) {
         float acc[2][M][4] = {};
         GK_UNROLL
         for (int first = 0; first < SLOTS; first += CHUNK) {
-          Words e[CHUNK];
+          Vector16 e[CHUNK];
           GK_UNROLL
           for (int c = 0; c < CHUNK; ++c) {
             if (first + c < SLOTS && first + c < length) e[c] = load(column + (first + c) * stride);
@@ -202,16 +203,16 @@ struct Stationary {
         }
         GK_ROLLED
         for (int first = SLOTS; first < length; first += CHUNK) {
-          Words e[CHUNK];
+          Vector16 e[CHUNK];
           GK_UNROLL
           for (int c = 0; c < CHUNK; ++c) {
             if (first + c < length) e[c] = load(column + (first + c) * stride);
           }
-          const Words* source = others + (turn * p.shared_weights + first - SLOTS) * 2 * M * 32 + place.lane;
+          const Vector16* source = others + (turn * p.shared_weights + first - SLOTS) * 2 * M * 32 + place.lane;
           GK_UNROLL
           for (int c = 0; c < CHUNK; ++c) {
             if (first + c >= length) continue;
-            Words w[2 * M];
+            Vector16 w[2 * M];
             GK_UNROLL
             for (int part = 0; part < 2 * M; ++part) w[part] = source[(c * 2 * M + part) * 32];
             product(acc, w, e[c]);
@@ -250,20 +251,22 @@ GK_DEVICE uint32_t code_of(uint32_t magnitude_bits) {
 // Where the blocks of a group meet, once a step. A block tells with its flag that it has arrived, and two magnitudes: every
 // block knows the largest of all when it goes on. Two sets of flags take turns: nobody can be two rounds ahead.
 template <bool LOCAL>
-struct Meeting {
+struct GridBarrier {
   const Recurrence& w;
-  const Place& place;
-  Head* head;
+  const ThreadCoordinates& place;
+  SharedHeader* head;
 
-  GK_DEVICE uint64_t* flags(int64_t round) const { return w.flags + (round % 2 * w.tiling.groups + place.group) * w.tiling.slices; }
+  GK_DEVICE uint64_t* flags(int64_t round) const {
+    return w.flags + (round % 2 * w.tiling.groups + place.group) * w.tiling.slices;
+  }
 
   // After this the block's other stores may follow: only what has been written before is waited for.
-  GK_DEVICE void arrive(int64_t round, uint32_t largest, uint32_t incoming) const {
+  GK_DEVICE void arrive(int64_t round, uint32_t max_abs, uint32_t external_max) const {
     auto& maxima = head->maxima[round % 2];
-    const uint32_t warp_largest = device::warp_max(largest), warp_incoming = device::warp_max(incoming);
+    const uint32_t warp_max_abs = device::warp_max(max_abs), warp_external_max = device::warp_max(external_max);
     if (place.lane == 0) {
-      maxima[0][place.warp] = warp_largest;
-      maxima[1][place.warp] = warp_incoming;
+      maxima[0][place.warp] = warp_max_abs;
+      maxima[1][place.warp] = warp_external_max;
     }
     device::sync();
     if (LOCAL || place.warp != 0) return;
@@ -277,11 +280,11 @@ struct Meeting {
   }
 
   // Returns when all blocks have arrived: the codes of the largest magnitudes that came with the round.
-  GK_DEVICE void wait(int64_t round, uint32_t& largest, uint32_t& incoming) const {
+  GK_DEVICE void wait(int64_t round, uint32_t& max_abs, uint32_t& external_max) const {
     auto& seen = head->seen[round % 2];
     if (LOCAL) {
-      largest = code_of(block_maximum(head->maxima[round % 2][0]));
-      incoming = code_of(block_maximum(head->maxima[round % 2][1]));
+      max_abs = code_of(block_maximum(head->maxima[round % 2][0]));
+      external_max = code_of(block_maximum(head->maxima[round % 2][1]));
       return;
     }
     if (place.warp == 0) {
@@ -300,8 +303,8 @@ struct Meeting {
       }
     }
     device::sync();
-    largest = seen[0];
-    incoming = seen[1];
+    max_abs = seen[0];
+    external_max = seen[1];
   }
 
  private:
@@ -316,7 +319,7 @@ struct Meeting {
   GK_DEVICE static uint64_t await(const uint64_t* flag, uint32_t round) {
     uint64_t value = device::peek(flag);
     for (uint32_t polls = 0; static_cast<uint32_t>(value >> 32) != round; ++polls) {
-      if (device::impatient(polls)) device::give_up();
+      if (device::timed_out(polls)) device::trap();
       value = device::peek(flag);
     }
     return value;

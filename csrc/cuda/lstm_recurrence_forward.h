@@ -13,7 +13,7 @@ struct Forward {
   uint16_t* y;
 };
 
-GK_DEVICE float logistic(float x) { return device::reciprocal(1.0f + device::exponential(-x)); }
+GK_DEVICE float sigmoid(float x) { return device::reciprocal(1.0f + device::exponential(-x)); }
 
 // A thread's cells: state, what the next step takes, and what the last one left to be stored.
 template <int CELLS>
@@ -21,7 +21,7 @@ struct ForwardCells {
   float c[CELLS], x[CELLS][4];
   uint16_t h[CELLS];
 
-  GK_DEVICE void load(const Forward& p, const Place& place, const Step& step) {
+  GK_DEVICE void load(const Forward& p, const ThreadCoordinates& place, const Step& step) {
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
       const Cell cell(p.recurrence, place, i, false);
@@ -32,7 +32,7 @@ struct ForwardCells {
     }
   }
 
-  GK_DEVICE void store(const Forward& p, const Place& place, const Step& step) const {
+  GK_DEVICE void store(const Forward& p, const ThreadCoordinates& place, const Step& step) const {
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
       const Cell cell(p.recurrence, place, i, false);
@@ -51,10 +51,10 @@ template <typename T>
 GK_DEVICE void forward_cell(const Tiling& tiling, const float* sums, const Cell& cell, float (&x)[4], float& c, uint16_t& h) {
   GK_UNROLL
   for (int gate = 0; gate < 4; ++gate) x[gate] += sum_at(tiling, sums, cell, 8 * gate);
-  x[0] = logistic(x[0]);
-  x[1] = logistic(x[1]);
+  x[0] = sigmoid(x[0]);
+  x[1] = sigmoid(x[1]);
   x[2] = device::hyperbolic_tangent(x[2]);
-  x[3] = logistic(x[3]);
+  x[3] = sigmoid(x[3]);
   c = x[1] * c + x[0] * x[2];
   T out;
   device::narrow(x[3] * device::hyperbolic_tangent(c), out);
@@ -67,18 +67,18 @@ GK_DEVICE void recurrence_forward(const Forward& p) {
   constexpr int CELLS = LOCAL ? CELLS_LOCAL : CELLS_GRID, TURNS = LOCAL ? 2 : 1;
   const Recurrence& w = p.recurrence;
   const Tiling& tiling = w.tiling;
-  const Place place(tiling);
+  const ThreadCoordinates place(tiling);
   const Memory memory(tiling);
-  const Meeting<LOCAL> meeting{w, place, memory.head};
+  const GridBarrier<LOCAL> barrier{w, place, memory.head};
   const bool aligned = w.H % 8 == 0 && reinterpret_cast<uintptr_t>(p.weight_hh) % 16 == 0;
   const Stationary<T, M, TURNS, RESIDENT_FWD> weights(tiling, place, memory, ForwardWeights{p.weight_hh, w.H, aligned});
-  const auto exchange = [&](int64_t round) {
+  const auto double_buffer = [&](int64_t round) {
     const int64_t buffer = round % 2;
-    return LOCAL ? memory.exchange + buffer * tiling.exchange_words
-                 : w.exchange + (buffer * tiling.groups + place.group) * tiling.exchange_words;
+    return LOCAL ? memory.double_buffer + buffer * tiling.buffer_vectors
+                 : w.double_buffer + (buffer * tiling.groups + place.group) * tiling.buffer_vectors;
   };
   if (LOCAL) {
-    for (int i = device::thread(); i < 2 * tiling.exchange_words; i += THREADS) memory.exchange[i] = {0, 0, 0, 0};
+    for (int i = device::thread(); i < 2 * tiling.buffer_vectors; i += THREADS) memory.double_buffer[i] = {0, 0, 0, 0};
     device::sync();
   }
 
@@ -89,30 +89,30 @@ GK_DEVICE void recurrence_forward(const Forward& p) {
     const Cell cell(w, place, i, false);
     cells.c[i] = cell.there ? p.c0[cell.row * w.H + cell.unit] : 0.0f;
     cells.h[i] = cell.there ? p.h0[cell.row * w.H + cell.unit] : 0;
-    if (cell.there) reinterpret_cast<uint16_t*>(exchange(0))[cell.exchange] = cells.h[i];
+    if (cell.there) reinterpret_cast<uint16_t*>(double_buffer(0))[cell.double_buffer] = cells.h[i];
   }
   uint32_t unused[2];
-  meeting.arrive(0);
+  barrier.arrive(0);
   cells.load(p, place, step);
-  meeting.wait(0, unused[0], unused[1]);
+  barrier.wait(0, unused[0], unused[1]);
 
   for (int64_t n = 0; n < w.T; ++n) {
     const Step next = step_at(w, w.reverse ? w.T - 2 - n : n + 1);
-    weights.template multiply<LOCAL>(tiling, place, exchange(n), memory.sums);
+    weights.template multiply<LOCAL>(tiling, place, double_buffer(n), memory.sums);
     device::sync();
     GK_UNROLL
     for (int i = 0; i < CELLS; ++i) {
       const Cell cell(w, place, i, false);
       if (!cell.there) continue;
       if (cell.row < step.rows) forward_cell<T>(tiling, memory.sums, cell, cells.x[i], cells.c[i], cells.h[i]);
-      reinterpret_cast<uint16_t*>(exchange(n + 1))[cell.exchange] = cells.h[i];
+      reinterpret_cast<uint16_t*>(double_buffer(n + 1))[cell.double_buffer] = cells.h[i];
     }
-    if (n + 1 < w.T) meeting.arrive(n + 1);
+    if (n + 1 < w.T) barrier.arrive(n + 1);
     cells.store(p, place, step);
     step = next;
     if (n + 1 == w.T) break;
     cells.load(p, place, step);
-    meeting.wait(n + 1, unused[0], unused[1]);
+    barrier.wait(n + 1, unused[0], unused[1]);
   }
 }
 

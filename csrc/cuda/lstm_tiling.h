@@ -12,7 +12,7 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int COLUMNS = 8;                           // batch rows of one matrix product: its N
 constexpr int LARGEST_LOCAL_H = 128;                 // up to here one block holds all of W_hh
 constexpr int HEAD_BYTES = 1024;                     // maxima and statistics of the warps, at the front of shared memory
-constexpr int CELLS_LOCAL = 4, CELLS_GRID = 2;       // (unit, batch row) pairs that one thread looks after
+constexpr int CELLS_LOCAL = 4, CELLS_GRID = 2;       // (unit, batch row) pairs that one thread owns
 constexpr int CHUNK = 4;                             // k blocks whose loads are on their way at once
 constexpr int RESIDENT_FWD = 24, RESIDENT_BWD = 20;  // 16-byte words of W_hh in a thread's registers
 
@@ -30,7 +30,7 @@ struct Tiling {
   int units = 0, row_tiles = 0;              // of a block; a row tile is COLUMNS rows
   int slices = 0, groups = 0, k_blocks = 0;  // blocks = slices of the units x groups of the batch
   int shared_weights = 0;                    // k blocks of a tile that do not fit its warp's registers
-  int exchange_words = 0;                    // 16-byte words of one exchange buffer of one group
+  int buffer_vectors = 0;                    // 16-byte words of one exchange buffer of one group
   int weight_bytes = 0, sum_bytes = 0, shared_bytes = 0;
   int64_t cycles = 0;  // predicted, of a step
 
@@ -42,23 +42,23 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a step is predicted to cost, in cycles of an SM. No GPU has confirmed it yet; it chooses between tilings, no more.
 struct Cost {
-  int64_t meeting = 0, exchange = 0, products = 0, weights = 0, sums = 0, cells = 0;
+  int64_t barrier = 0, double_buffer = 0, products = 0, weights = 0, sums = 0, cells = 0;
 
-  int64_t total() const { return meeting + exchange + products + weights + sums + cells; }
+  int64_t total() const { return barrier + double_buffer + products + weights + sums + cells; }
 };
 
-// From figures published for H100. Meeting: 500 until a block's stores are out, 700 until the last flag is seen, 2 a block to
-// poll; within a block four barriers of 40. Exchange: an SM gets 64 bytes a cycle out of L2 and all together 24 each (shared
+// From figures published for H100. GridBarrier: 500 until a block's stores are out, 700 until the last flag is seen, 2 a block
+// to poll; within a block four barriers of 40. Exchange: an SM gets 64 bytes a cycle out of L2 and all together 24 each (shared
 // memory: 128), 300 of latency for every CHUNK loads in a row. Products: 2 each, or 33 each in the longest chain. Weights and
 // partial sums: 128 bytes of shared memory a cycle. Cells: about 300 of latency, 150 for each turn of all threads.
 inline Cost predicted_cost(const Tiling& p, const Limits& device) {
   const int64_t length = divide_up(p.k_blocks, p.k_warps), tiles = divide_up(p.row_tiles, p.row_warps) * p.turns;
-  const int64_t bytes = int64_t{16} * p.exchange_words * p.unit_warps;
+  const int64_t bytes = int64_t{16} * p.buffer_vectors * p.unit_warps;
   const int64_t from_l2 = std::max(bytes / 64, bytes * p.programs() / (int64_t{24} * device.sms));
   const int64_t products = int64_t{2} * p.M * p.unit_warps * p.turns * p.k_blocks * p.row_tiles;
   Cost cost;
-  cost.meeting = 160 + (p.local ? 0 : 500 + 700 + 2 * p.slices);
-  cost.exchange = p.local ? bytes * p.turns / 128 + 30 : from_l2 + 300 * tiles * divide_up(length, CHUNK);
+  cost.barrier = 160 + (p.local ? 0 : 500 + 700 + 2 * p.slices);
+  cost.double_buffer = p.local ? bytes * p.turns / 128 + 30 : from_l2 + 300 * tiles * divide_up(length, CHUNK);
   cost.products = std::max(2 * products, 33 * length * tiles);
   cost.weights = int64_t{1} * p.weight_bytes * p.row_tiles / 128;
   cost.sums = int64_t{2} * p.sum_bytes / 128;
@@ -76,10 +76,10 @@ inline bool complete(Tiling& p, int64_t B, int64_t H, bool backward, const Limit
   p.k_blocks = static_cast<int>(divide_up(H, backward ? 8 : 32));
   const int cells = p.local ? CELLS_LOCAL : CELLS_GRID, longest = static_cast<int>(divide_up(p.k_blocks, p.k_warps));
   p.shared_weights = longest > slots ? longest - slots : 0;
-  p.exchange_words = p.k_blocks * p.row_tiles * 32;
+  p.buffer_vectors = p.k_blocks * p.row_tiles * 32;
   p.weight_bytes = p.unit_warps * p.k_warps * p.turns * p.shared_weights * p.M * 1024;
   p.sum_bytes = p.k_warps * 16 * p.M * p.unit_warps * p.turns * p.rows() * 4;
-  p.shared_bytes = HEAD_BYTES + p.weight_bytes + p.sum_bytes + (p.local ? 2 * 16 * p.exchange_words : 0);
+  p.shared_bytes = HEAD_BYTES + p.weight_bytes + p.sum_bytes + (p.local ? 2 * 16 * p.buffer_vectors : 0);
   if (p.local ? p.slices != 1 : p.slices * p.groups > device.sms) return false;
   if (p.units * p.rows() > cells * THREADS || p.shared_bytes > device.shared_bytes) return false;
   p.cycles = predicted_cost(p, device).total();

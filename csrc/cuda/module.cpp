@@ -9,6 +9,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.def("recurrence_on_device", gk::recurrence_on_device, py::arg("device_index"), py::arg("B"), py::arg("H"), py::arg("dtype"),
-        py::arg("backward"), py::arg("at_once"));
-  m.def("recurrence_tiling", gk::recurrence_tiling, py::arg("B"), py::arg("H"), py::arg("backward"), py::arg("sms"), py::arg("shared_bytes"));
+        py::arg("backward"), py::arg("num_concurrent"));
+  m.def("recurrence_tiling", gk::recurrence_tiling, py::arg("B"), py::arg("H"), py::arg("backward"), py::arg("sms"),
+        py::arg("shared_bytes"));
 }

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradkernels.nn import GELU, LayerNorm, _Measuring
+from gradkernels.nn import GELU, FusedModule, LayerNorm
 
 
 class _CastLayerNorm(LayerNorm):
@@ -89,12 +89,12 @@ class _Autocast(TorchFunctionMode):
         kwargs = kwargs or {}
         self.calls += func in (nn.functional.layer_norm, torch.layer_norm, nn.functional.gelu)
         if func in (nn.functional.layer_norm, torch.layer_norm) and torch.is_autocast_enabled(self.device_type):
-            args = tuple(_widened(value) for value in args)
-            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+            args = tuple(_upcast(value) for value in args)
+            kwargs = {name: _upcast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def _widened(value: Any) -> Any:
+def _upcast(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype.itemsize == 2 else value
 
 
@@ -123,7 +123,7 @@ def mixed(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     name = _argument(cls)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _Measuring):  # kept by somebody from before `revert`
+        if not isinstance(self, FusedModule):  # kept by somebody from before `revert`
             return type(self).forward(self, *args, **kwargs)
         return fused.forward(self, *(args or (kwargs.pop(name),)), **kwargs)
 
@@ -137,7 +137,7 @@ def mixed(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
 
 def _blank(fused: type[nn.Module], cls: type[nn.Module]) -> nn.Module:
     """What copies and pickles fill."""
-    return _Measuring.__new__(mixed(fused, cls))
+    return FusedModule.__new__(mixed(fused, cls))
 
 
 def _argument(cls: type[nn.Module]) -> str | None:

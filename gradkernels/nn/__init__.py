@@ -5,8 +5,8 @@ tensor. It is absent from state_dict, and a copy or a pickle of the module does 
 and one of `time_stats`, for every layer and direction, named like its parameters: `stats_l0`, `time_stats_l0_reverse`.
 """
 
+from gradkernels.nn.fused_module import FusedModule
 from gradkernels.nn.layers import GELU, AddLayerNorm, LayerNorm, Residual
-from gradkernels.nn.measuring import _Measuring
 from gradkernels.nn.recurrent import LSTM, LSTMCell
 
-__all__ = ["GELU", "LSTM", "AddLayerNorm", "LSTMCell", "LayerNorm", "Residual", "_Measuring"]
+__all__ = ["GELU", "LSTM", "AddLayerNorm", "FusedModule", "LSTMCell", "LayerNorm", "Residual"]

@@ -14,7 +14,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from gradkernels.library import ArgumentError, in_autocast
-from gradkernels.nn.measuring import _Measuring
+from gradkernels.nn.fused_module import FusedModule
 from gradkernels.nn.zoneout import lstm_steps
 from gradkernels.ops import lstm_cell as lstm_cell_op
 from gradkernels.ops import lstm_layer as lstm_layer_op
@@ -38,7 +38,7 @@ class _Quantizable(nn.Module):
         super().__setattr__(name, value)
 
 
-class LSTM(_Quantizable, _Measuring, RNNBase):
+class LSTM(_Quantizable, FusedModule, RNNBase):
     """torch.nn.LSTM whose backward measures, for each layer and direction, its gradients and those of every time step.
 
     Arguments, parameters, state_dict, inputs (padded, packed, unbatched), outputs, errors and random numbers are
@@ -102,7 +102,7 @@ class LSTM(_Quantizable, _Measuring, RNNBase):
     def forward(
         self, input: torch.Tensor | PackedSequence, hx: State | None = None, *, reset_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | PackedSequence, State]:
-        if not isinstance(self, _Measuring):  # kept by somebody from before `revert`
+        if not isinstance(self, FusedModule):  # kept by somebody from before `revert`
             return type(self).forward(self, input, hx)
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
@@ -182,7 +182,7 @@ class LSTM(_Quantizable, _Measuring, RNNBase):
         return time_stats
 
 
-class LSTMCell(_Quantizable, _Measuring, nn.LSTMCell):
+class LSTMCell(_Quantizable, FusedModule, nn.LSTMCell):
     """torch.nn.LSTMCell whose backward measures the gradients of h and c on both sides, of x and of the weights.
 
     Arguments, parameters, state_dict, inputs, outputs and errors are torch.nn.LSTMCell's; a mistake in shapes or dtypes is an
@@ -192,7 +192,7 @@ class LSTMCell(_Quantizable, _Measuring, nn.LSTMCell):
     PORTS, TWIN = lstm_cell_op.PORTS, nn.LSTMCell
 
     def forward(self, input: torch.Tensor, hx: State | None = None) -> State:
-        if not isinstance(self, _Measuring):
+        if not isinstance(self, FusedModule):
             return type(self).forward(self, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -227,7 +227,7 @@ class LSTMCell(_Quantizable, _Measuring, nn.LSTMCell):
 
 
 def _widest(tensors: tuple) -> tuple:
-    """All tensors in the widest dtype among them: an autocast region mixes them, and torch.nn.LSTMCell widens there too."""
+    """All tensors in the widest dtype among them: an autocast region mixes them, and torch.nn.LSTMCell upcasts there too."""
     dtype = torch.float32
     for t in tensors:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)

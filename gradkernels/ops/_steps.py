@@ -19,7 +19,7 @@ def check_steps(x: torch.Tensor, batch_sizes: torch.Tensor | None) -> None:
         raise ArgumentError("lstm_layer: Expected sequence length to be larger than 0 in RNN")
 
 
-def step_sizes(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
+def rows_per_step(x: torch.Tensor, h0: torch.Tensor, batch_sizes: torch.Tensor | None) -> list[int]:
     """The number of rows of each time step, or an error where batch_sizes are not those of x and h0."""
     check_steps(x, batch_sizes)
     if batch_sizes is None:

@@ -16,7 +16,7 @@ from gradkernels.ops.layer_norm import (
     layer_norm_fwd_fake,
     layer_norm_fwd_reference,
 )
-from gradkernels.telemetry import check_stats, measured
+from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dy", "dnew_residual", "dx", "dweight", "dbias")
 SCHEMA = (
@@ -143,7 +143,7 @@ def _ports(args: tuple, gradients: tuple) -> tuple:
     return args[0], args[1], dresidual, *columns_of
 
 
-_bwd_default = measured(add_layer_norm_bwd_reference, _ports)
+_bwd_default = with_stats(add_layer_norm_bwd_reference, _ports)
 add_layer_norm_fwd = define_kernel(SCHEMA_FWD, add_layer_norm_fwd_reference, add_layer_norm_fwd_fake)
 add_layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, add_layer_norm_bwd_fake)
 add_layer_norm_differentiable = define_composite(

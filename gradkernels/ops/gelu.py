@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
 from gradkernels.nested import on_parts
-from gradkernels.telemetry import check_stats, measured
+from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dy", "dx")
 SCHEMA = "gelu(Tensor x, bool tanh, Tensor? stats) -> Tensor"
@@ -52,7 +52,7 @@ def gelu_bwd_fake(dy: torch.Tensor, x: torch.Tensor, tanh: bool, stats: torch.Te
     return torch.empty_like(x)
 
 
-_bwd_default = measured(gelu_bwd_reference, lambda args, dx: (args[0], dx))
+_bwd_default = with_stats(gelu_bwd_reference, lambda args, dx: (args[0], dx))
 gelu_fwd = define_kernel(SCHEMA_FWD, gelu_fwd_reference, gelu_fwd_fake)
 gelu_bwd = define_kernel(SCHEMA_BWD, _bwd_default, gelu_bwd_fake)
 gelu_differentiable = define_composite(SCHEMA_FWD.replace("_fwd", "_differentiable"), gelu_fwd_reference)

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, autocast_norm, define_autograd, define_composite, define_kernel
 from gradkernels.nested import on_parts
-from gradkernels.telemetry import check_stats, measured
+from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dy", "dx", "dweight", "dbias")
 SCHEMA = "layer_norm(Tensor x, int num_dims, Tensor? weight, Tensor? bias, float eps, Tensor? stats) -> Tensor"
@@ -23,7 +23,7 @@ SCHEMA_BWD = (
 )
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that is computed in: float32, and float64 for float64."""
     return x if x.dtype is torch.float64 else x.float()
 
@@ -37,7 +37,7 @@ def layer_norm_fwd_reference(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, num_dims: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y in x's dtype; mean and rstd in float32 (float64 for float64), x's shape with ones in the last num_dims places."""
-    v, dims = widen(x), normalized_dims(num_dims)
+    v, dims = upcast(x), normalized_dims(num_dims)
     mean = v.mean(dims, keepdim=True)
     rstd = ((v - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
     y = (v - mean) * rstd
@@ -63,7 +63,7 @@ def layer_norm_bwd_reference(
     dweight and dbias have no elements where `columns` is false or there is no such parameter.
     """
     dims, rows = normalized_dims(num_dims), tuple(range(x.dim() - num_dims))
-    wide_dy, x_hat = widen(dy), (widen(x) - mean) * rstd
+    wide_dy, x_hat = upcast(dy), (upcast(x) - mean) * rstd
     g = wide_dy if weight is None else wide_dy * weight
     dx = rstd * (g - g.mean(dims, keepdim=True) - x_hat * (g * x_hat).mean(dims, keepdim=True))
     dweight, dbias = x.new_empty(0), x.new_empty(0)
@@ -135,7 +135,7 @@ def _ports(args: tuple, gradients: tuple) -> tuple:
     )
 
 
-_bwd_default = measured(layer_norm_bwd_reference, _ports)
+_bwd_default = with_stats(layer_norm_bwd_reference, _ports)
 layer_norm_fwd = define_kernel(SCHEMA_FWD, layer_norm_fwd_reference, layer_norm_fwd_fake)
 layer_norm_bwd = define_kernel(SCHEMA_BWD, _bwd_default, layer_norm_bwd_fake)
 layer_norm_differentiable = define_composite(

@@ -16,9 +16,9 @@ from gradkernels.library import (
     define_composite,
     define_kernel,
 )
-from gradkernels.ops.layer_norm import widen
+from gradkernels.ops.layer_norm import upcast
 from gradkernels.ops.lstm_layer import check_lstm_weights, step_backward, step_forward
-from gradkernels.telemetry import check_stats, measured
+from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dh_next", "dc_next", "dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias")
 INPUTS = "Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
@@ -41,10 +41,10 @@ def lstm_cell_fwd_reference(
     bias_hh: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h_next, c_next in x's dtype, computed in float32 (float64 for float64); gates (B, 4H: i f g o, activated) in that."""
-    preactivations = widen(x) @ widen(weight_ih).mT + widen(h) @ widen(weight_hh).mT
+    preactivations = upcast(x) @ upcast(weight_ih).mT + upcast(h) @ upcast(weight_hh).mT
     if bias_ih is not None:
-        preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
-    gates, c_next, h_next = step_forward(preactivations, widen(c))
+        preactivations = preactivations + (upcast(bias_ih) + upcast(bias_hh))
+    gates, c_next, h_next = step_forward(preactivations, upcast(c))
     return h_next.to(x.dtype), c_next.to(x.dtype), gates
 
 
@@ -69,16 +69,16 @@ def lstm_cell_bwd_reference(
     weights where `weights` is false or there is no such weight.
     """
     i, f, g, _ = gates.chunk(4, -1)
-    wide_c = widen(c)
+    wide_c = upcast(c)
     m = (f * wide_c + i * g).tanh()
-    wide_dh = torch.zeros_like(m) if dh_next is None else widen(dh_next)
-    dg, _, wide_dc = step_backward(wide_dh, 0 if dc_next is None else widen(dc_next), gates, m, wide_c)
-    dx = (dg @ widen(weight_ih)).to(x.dtype) if inputs else x.new_empty(0)
-    dh, dc = (dg @ widen(weight_hh)).to(x.dtype), wide_dc.to(x.dtype)
+    wide_dh = torch.zeros_like(m) if dh_next is None else upcast(dh_next)
+    dg, _, wide_dc = step_backward(wide_dh, 0 if dc_next is None else upcast(dc_next), gates, m, wide_c)
+    dx = (dg @ upcast(weight_ih)).to(x.dtype) if inputs else x.new_empty(0)
+    dh, dc = (dg @ upcast(weight_hh)).to(x.dtype), wide_dc.to(x.dtype)
     if not weights:
         return dx, dh, dc, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     dbias = dg.sum(0).to(x.dtype) if bias_ih is not None else x.new_empty(0)
-    return dx, dh, dc, (dg.mT @ widen(x)).to(x.dtype), (dg.mT @ widen(h)).to(x.dtype), dbias
+    return dx, dh, dc, (dg.mT @ upcast(x)).to(x.dtype), (dg.mT @ upcast(h)).to(x.dtype), dbias
 
 
 def lstm_cell_fwd_fake(
@@ -134,7 +134,7 @@ def _bwd_differentiable(dh_next: Any, dc_next: Any, *args: Any) -> tuple[torch.T
     return _bwd_default(dh_next, dc_next, *inputs_of_cell, gates, inputs, weights, stats)
 
 
-_bwd_default = measured(lstm_cell_bwd_reference, _ports)
+_bwd_default = with_stats(lstm_cell_bwd_reference, _ports)
 lstm_cell_fwd = define_kernel(SCHEMA_FWD, lstm_cell_fwd_reference, lstm_cell_fwd_fake)
 lstm_cell_bwd = define_kernel(SCHEMA_BWD, _bwd_default, lstm_cell_bwd_fake)
 lstm_cell_differentiable = define_composite(

@@ -17,8 +17,8 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
-from gradkernels.ops._steps import check_steps, rows_of, step_sizes
-from gradkernels.ops.layer_norm import widen
+from gradkernels.ops._steps import check_steps, rows_of, rows_per_step
+from gradkernels.ops.layer_norm import upcast
 from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference, without_graph
 
 PORTS = ("dy", "dx", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
@@ -45,9 +45,9 @@ def previous_rows(rows: torch.Tensor, initial: torch.Tensor, sizes: list[int], r
     """For every row (t, b) the row (previous t, b) of `rows`, and row b of `initial` where there is none."""
     steps, pieces, before = rows.split(sizes), [None] * len(sizes), None
     for t in order_of(sizes, reverse):
-        live = 0 if before is None else min(sizes[t], sizes[before])
-        known = [] if before is None else [steps[before][:live]]
-        pieces[t] = torch.cat([*known, initial[live : sizes[t]]])
+        active_rows = 0 if before is None else min(sizes[t], sizes[before])
+        known = [] if before is None else [steps[before][:active_rows]]
+        pieces[t] = torch.cat([*known, initial[active_rows : sizes[t]]])
         before = t
     return torch.cat(pieces)
 
@@ -84,18 +84,18 @@ def lstm_layer_fwd_reference(
 
     Both states are carried in float32 (float64) from step to step, whatever the dtype they are given back in.
     """
-    sizes, h, c = step_sizes(x, h0, batch_sizes), widen(h0), widen(c0)
-    preactivations = widen(x) @ widen(weight_ih).mT
+    sizes, h, c = rows_per_step(x, h0, batch_sizes), upcast(h0), upcast(c0)
+    preactivations = upcast(x) @ upcast(weight_ih).mT
     if bias_ih is not None:
-        preactivations = preactivations + (widen(bias_ih) + widen(bias_hh))
+        preactivations = preactivations + (upcast(bias_ih) + upcast(bias_hh))
     steps = rows_of(preactivations).split(sizes)
     ys, gates, cells = ([None] * len(sizes) for _ in range(3))
     for t in order_of(sizes, reverse):
-        live = sizes[t]
-        gates[t], cells[t], ys[t] = step_forward(steps[t] + h[:live] @ widen(weight_hh).mT, c[:live])
+        active_rows = sizes[t]
+        gates[t], cells[t], ys[t] = step_forward(steps[t] + h[:active_rows] @ upcast(weight_hh).mT, c[:active_rows])
         if weight_hr is not None:
-            ys[t] = ys[t] @ widen(weight_hr).mT
-        h, c = torch.cat([ys[t], h[live:]]), torch.cat([cells[t], c[live:]])
+            ys[t] = ys[t] @ upcast(weight_hr).mT
+        h, c = torch.cat([ys[t], h[active_rows:]]), torch.cat([cells[t], c[active_rows:]])
     y = torch.cat(ys).to(x.dtype).reshape(*x.shape[:-1], h.shape[-1])
     return y, h.to(x.dtype), c.to(x.dtype), torch.cat(gates), torch.cat(cells)
 
@@ -120,13 +120,13 @@ def _through_time(
     dgates, dhs, dcs, recurrent = ([None] * len(sizes) for _ in range(4))
     after = 0  # rows of the step after this one, whose part of dh has come through W_hh
     for t in order_of(sizes, not reverse):
-        live, (step_gates, step_cells, step_previous) = sizes[t], (part[t] for part in split)
-        recurrent[t] = dh[: min(live, after)]
-        dhs[t] = dh[:live] if external is None else dh[:live] + external[t]
+        active_rows, (step_gates, step_cells, step_previous) = sizes[t], (part[t] for part in split)
+        recurrent[t] = dh[: min(active_rows, after)]
+        dhs[t] = dh[:active_rows] if external is None else dh[:active_rows] + external[t]
         dm = dhs[t] if weight_hr is None else dhs[t] @ weight_hr
-        dgates[t], dcs[t], before = step_backward(dm, dc[:live], step_gates, step_cells.tanh(), step_previous)
-        dh, dc = torch.cat([dgates[t] @ weight_hh, dh[live:]]), torch.cat([before, dc[live:]])
-        after = live
+        dgates[t], dcs[t], before = step_backward(dm, dc[:active_rows], step_gates, step_cells.tanh(), step_previous)
+        dh, dc = torch.cat([dgates[t] @ weight_hh, dh[active_rows:]]), torch.cat([before, dc[active_rows:]])
+        after = active_rows
     return dgates, dhs, dcs, recurrent, (dh, dc)
 
 
@@ -157,7 +157,7 @@ def lstm_layer_bwd_reference(
     (1 - tanh^2 c_t); dx = dG W_ih, dW = dG^T (x or h_{t-1}). dx has no elements where `inputs` is false, nor have the
     gradients of weights where `weights` is false or there is no such weight.
     """
-    sizes = step_sizes(x, h0, batch_sizes)
+    sizes = rows_per_step(x, h0, batch_sizes)
     rows, rows_y = rows_of(x).double(), rows_of(y).double()
     state = tuple(torch.zeros_like(s) if d is None else d for d, s in ((dh_n, h0), (dc_n, c0)))
     state = (state[0].double(), state[1].double())

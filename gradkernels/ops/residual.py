@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
-from gradkernels.telemetry import check_stats, measured
+from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dskip", "dbranch", "dx")
 SCHEMA = "residual_fork(Tensor(a) x, Tensor? stats) -> (Tensor(a), Tensor(a))"
@@ -28,7 +28,7 @@ def residual_bwd_fake(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, 
     return torch.empty_like(dbranch if dskip is None else dskip)
 
 
-_bwd_default = measured(residual_bwd_reference, lambda args, dx: (*args, dx))
+_bwd_default = with_stats(residual_bwd_reference, lambda args, dx: (*args, dx))
 residual_bwd = define_kernel(SCHEMA_BWD, _bwd_default, residual_bwd_fake)
 residual_bwd_differentiable = define_composite(
     "residual_bwd_differentiable(Tensor? dskip, Tensor? dbranch, Tensor(a!)? stats) -> Tensor", _bwd_default

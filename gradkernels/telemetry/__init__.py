@@ -2,7 +2,7 @@
 
 from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_CELLS, NUM_NORMS, SCALE, TIME_FIELDS
 from gradkernels.telemetry.history import History, SiteRows, Stack
-from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, measured, without_graph
+from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, with_stats, without_graph
 from gradkernels.telemetry.records import Record, record_of
 from gradkernels.telemetry.snapshot import Snapshot
 from gradkernels.telemetry.tables import (
@@ -37,7 +37,6 @@ __all__ = [
     "make_room",
     "measure_reference",
     "measure_steps_reference",
-    "measured",
     "merge_cells",
     "new_stats",
     "new_time_stats",
@@ -45,5 +44,6 @@ __all__ = [
     "record_of",
     "take_rows",
     "take_steps",
+    "with_stats",
     "without_graph",
 ]

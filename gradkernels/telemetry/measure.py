@@ -70,7 +70,7 @@ def without_graph(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.detach() if gradient.requires_grad else gradient
 
 
-def measured(reference: Callable, ports: Callable) -> Callable:
+def with_stats(reference: Callable, ports: Callable) -> Callable:
     """The plain implementation of a backward op `f(*args, stats)` made of `reference(*args)`, which has no telemetry.
 
     `ports(args, gradients)` lists the gradients in the order of the op's PORTS, None where there is none.

@@ -1,16 +1,16 @@
 """GELU on a GPU. One program goes through blocks of consecutive elements; the formulas are those of csrc/cpu/gelu.cpp.
 
 exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
-tanh   y = x S(u), S the logistic function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
+tanh   y = x S(u), S the sigmoid function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from gradkernels.triton.launch import laid_out_as, pointwise
+from gradkernels.triton.launch import pointwise, with_strides_of
 from gradkernels.triton.launch_cache import register
-from gradkernels.triton.reduce import accumulator, lanes_of, new_row, observe, record_flat
+from gradkernels.triton.reduce import accumulate, accumulator, elements_per_access, new_accumulator, write_stats_flat
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -66,7 +66,7 @@ def normal(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def logistic(x):
+def sigmoid(x):
     """(S(u), S + x S (1 - S) u') at u = u(x). S is 0 or 1 to rounding beyond the limit, where x leaves the second term."""
     limit: tl.constexpr = 30.0 if x.dtype == tl.float64 else 11.0
     x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))  # NaN stays NaN
@@ -99,7 +99,7 @@ def gelu_fwd_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     x = tl.load(x_ptr + offsets, mask, other=0.0).to(accumulator(x_ptr.dtype.element_ty))
-    value, _ = logistic(x) if TANH else normal(x, x_ptr.dtype.element_ty.primitive_bitwidth)
+    value, _ = sigmoid(x) if TANH else normal(x, x_ptr.dtype.element_ty.primitive_bitwidth)
     tl.store(y_ptr + offsets, (x * value).to(y_ptr.dtype.element_ty), mask)
 
 
@@ -119,36 +119,36 @@ def gelu_bwd_kernel(
 ):
     """dx = dy times the derivative at x. Grid: programs take the blocks in turn; without statistics one program a block."""
     dtype: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    LANES: tl.constexpr = lanes_of(x_ptr.dtype.element_ty)
+    ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access(x_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    dy_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype)
+    dy_row, dx_row = new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
         x = tl.load(x_ptr + offsets, mask, other=0.0).to(dtype)
         dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(dtype)
-        _, slope = logistic(x) if TANH else normal(x, x_ptr.dtype.element_ty.primitive_bitwidth)
+        _, slope = sigmoid(x) if TANH else normal(x, x_ptr.dtype.element_ty.primitive_bitwidth)
         dx = (dy * slope).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
-            dy_row = observe(dy_row, dy, LANES)
-            dx_row = observe(dx_row, dx.to(dtype), LANES)
+            dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
+            dx_row = accumulate(dx_row, dx.to(dtype), ELEMENTS_PER_ACCESS)
     if TELEMETRY:
-        record_flat(dy_row, stats_ptr, 0, num_cells, dy_ptr, numel, BLOCK)
-        record_flat(dx_row, stats_ptr, 1, num_cells, dx_ptr, numel, BLOCK)
+        write_stats_flat(dy_row, stats_ptr, 0, num_cells, dy_ptr, numel, BLOCK)
+        write_stats_flat(dx_row, stats_ptr, 1, num_cells, dx_ptr, numel, BLOCK)
 
 
 def gelu_fwd(x: torch.Tensor, tanh: bool) -> torch.Tensor:
     """y, with x's shape, dtype and strides. One launch."""
     y = torch.empty_like(x)
-    pointwise(gelu_fwd_kernel, y, None, laid_out_as(y, x), y, TANH=tanh)
+    pointwise(gelu_fwd_kernel, y, None, with_strides_of(y, x), y, TANH=tanh)
     return y
 
 
 def gelu_bwd(dy: torch.Tensor, x: torch.Tensor, tanh: bool, stats: torch.Tensor | None) -> torch.Tensor:
     """dx, with x's shape, dtype and strides; the statistics of dy and dx. One launch."""
     dx = torch.empty_like(x)
-    pointwise(gelu_bwd_kernel, dx, stats, laid_out_as(dx, dy), laid_out_as(dx, x), dx, TANH=tanh)
+    pointwise(gelu_bwd_kernel, dx, stats, with_strides_of(dx, dy), with_strides_of(dx, x), dx, TANH=tanh)
     return dx
 
 

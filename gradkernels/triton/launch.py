@@ -64,7 +64,7 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, An
     return kernel[grid](*args, **constants, **options)
 
 
-def laid_out_as(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def with_strides_of(model: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """`t` with the strides of the dense tensor `model`, so that both can be read as flat arrays: itself, or a copy."""
     return t if t.stride() == model.stride() else torch.empty_like(model).copy_(t)
 

@@ -1,6 +1,7 @@
 """What a call of an op allocates, launches and returns, written down for csrc/launch_cache.cpp to do again without Python.
 
-A captured launches is made from what one call did, and only where everything it did is understood: allocations, views, and launches of
+Launches are captured from what one call did, and only where everything it did is understood: allocations, views, and
+launches of
 compiled kernels whose parameters, by the kernel's own declaration, are those that are passed. Any other call stays in Python.
 """
 
@@ -59,7 +60,7 @@ class Recording(TorchDispatchMode):
         self.launches.append((compiled, grid, given))
 
     def captured(self, inputs: tuple, outputs: tuple) -> tuple | None:
-        """The captured launches: (allocations, launches, outputs, what keeps the kernels), as csrc/launch_cache.cpp reads it, or None."""
+        """(allocations, launches, outputs, what keeps the kernels), as csrc/launch_cache.cpp reads it, or None."""
         results = [self._which(t) for t in outputs]
         device = next(t for t in inputs if isinstance(t, torch.Tensor)).device
         if not self.understood or None in results or any(t.device != device for t in self.allocations):

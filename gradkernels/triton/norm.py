@@ -4,13 +4,21 @@ x_hat = (h - mean) rstd,  y = x_hat weight + bias;  h = x, or residual + x as it
 g = dy weight,  dh = rstd (g - mean(g) - x_hat mean(g x_hat)) [+ dnew_residual],  dweight = sum_M(dy x_hat), dbias = sum_M(dy)
 
 Two forms of each: rows held in registers, and rows read in blocks of columns where they are too long for that. N and eps
-are constants of a model and of a kernel; M is neither. A row in front of `record_rows` is dL/d(...) of one port.
+are constants of a model and of a kernel; M is neither. A row in front of `write_stats_rows` is dL/d(...) of one port.
 """
 
 import triton
 import triton.language as tl
 
-from gradkernels.triton.reduce import add_to_cell, count_exactly, lanes_of, new_row, no_fields, observe, record_rows
+from gradkernels.triton.reduce import (
+    accumulate,
+    add_to_cell,
+    elements_per_access,
+    new_accumulator,
+    no_fields,
+    recount_exact,
+    write_stats_rows,
+)
 
 
 @triton.jit
@@ -188,10 +196,14 @@ def norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_N)[None, :]
     weight = load_weight(weight_ptr, cols, N, dtype)
     dweight, dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype), tl.zeros([BLOCK_M, BLOCK_N], dtype)
-    LANES: tl.constexpr = lanes_of((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
+    ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
     # Of two orders that form the same numbers, the one in which 128 registers are enough on every GPU.
     DY_FIRST: tl.constexpr = False if dx_ptr is None else dx_ptr.dtype == dh_ptr.dtype
-    dy_row, dnew_residual_row, dh_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
+    dy_row, dnew_residual_row, dh_row = (
+        new_accumulator(SLOTS, dtype),
+        new_accumulator(SLOTS, dtype),
+        new_accumulator(SLOTS, dtype),
+    )
     for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
@@ -205,7 +217,7 @@ def norm_bwd_kernel(
             dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
             wide += dnew_residual
             if stats_ptr is not None:
-                dnew_residual_row = observe(dnew_residual_row, dnew_residual, LANES)
+                dnew_residual_row = accumulate(dnew_residual_row, dnew_residual, ELEMENTS_PER_ACCESS)
         dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
         if DWEIGHT:
             dweight += dy * x_hat
@@ -213,10 +225,10 @@ def norm_bwd_kernel(
             dbias += dy
         if stats_ptr is not None:
             if dy_ptr is not None and DY_FIRST:
-                dy_row = observe(dy_row, dy, LANES)
-            dh_row = observe(dh_row, dh, LANES)
+                dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
+            dh_row = accumulate(dh_row, dh, ELEMENTS_PER_ACCESS)
             if dy_ptr is not None and not DY_FIRST:
-                dy_row = observe(dy_row, dy, LANES)
+                dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
     column, last = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N) < N
     if DWEIGHT:
         tl.store(partials_ptr + program * N + column, tl.sum(dweight, 0), last)
@@ -224,12 +236,12 @@ def norm_bwd_kernel(
         tl.store(partials_ptr + (num_programs + program) * N + column, tl.sum(dbias, 0), last)
     if stats_ptr is not None:
         if dy_ptr is not None:
-            record_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
+            write_stats_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
-            record_rows(
+            write_stats_rows(
                 dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        record_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_cells"])
@@ -262,8 +274,12 @@ def norm_bwd_looped_kernel(
     in the L2 cache; the program's row of partials is in L2 too, and is read and written once for BLOCK_M rows."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    LANES: tl.constexpr = lanes_of((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
-    dy_row, dnew_residual_row, dh_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
+    ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
+    dy_row, dnew_residual_row, dh_row = (
+        new_accumulator(SLOTS, dtype),
+        new_accumulator(SLOTS, dtype),
+        new_accumulator(SLOTS, dtype),
+    )
     for block in range(program, tl.cdiv(num_rows, BLOCK_M), num_programs):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
@@ -287,24 +303,24 @@ def norm_bwd_looped_kernel(
                 dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
                 wide += dnew_residual
                 if stats_ptr is not None:
-                    dnew_residual_row = observe(dnew_residual_row, dnew_residual, LANES)
+                    dnew_residual_row = accumulate(dnew_residual_row, dnew_residual, ELEMENTS_PER_ACCESS)
             dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
             if stats_ptr is not None:
-                dh_row = observe(dh_row, dh, LANES)
+                dh_row = accumulate(dh_row, dh, ELEMENTS_PER_ACCESS)
                 if dy_ptr is not None:
-                    dy_row = observe(dy_row, dy, LANES)
+                    dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
             if DWEIGHT:
                 add_partial(partials_ptr, program, program < block, column, tl.sum(dy * x_hat, 0), N)
             if DBIAS:
                 add_partial(partials_ptr, num_programs + program, program < block, column, tl.sum(dy, 0), N)
     if stats_ptr is not None:
         if dy_ptr is not None:
-            record_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
+            write_stats_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
-            record_rows(
+            write_stats_rows(
                 dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        record_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -332,17 +348,17 @@ def norm_finalize_kernel(
     which = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < N
-    total = tl.zeros([BLOCK_P, BLOCK_N], partials_ptr.dtype.element_ty)
+    finalize = tl.zeros([BLOCK_P, BLOCK_N], partials_ptr.dtype.element_ty)
     for first in range(0, num_partials, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         at = (which * num_partials + p).to(tl.int64)[:, None] * N + column[None, :]
-        total += tl.load(partials_ptr + at, (p < num_partials)[:, None] & mask[None, :], other=0.0)
+        finalize += tl.load(partials_ptr + at, (p < num_partials)[:, None] & mask[None, :], other=0.0)
     if which == 0:
         if dweight_ptr is not None:
-            finish_column(tl.sum(total, 0), dweight_ptr, stats_ptr, FIRST_PORT, num_cells, column, mask, N, BLOCK_N)
+            finish_column(tl.sum(finalize, 0), dweight_ptr, stats_ptr, FIRST_PORT, num_cells, column, mask, N, BLOCK_N)
     else:
         if dbias_ptr is not None:
-            finish_column(tl.sum(total, 0), dbias_ptr, stats_ptr, FIRST_PORT + 1, num_cells, column, mask, N, BLOCK_N)
+            finish_column(tl.sum(finalize, 0), dbias_ptr, stats_ptr, FIRST_PORT + 1, num_cells, column, mask, N, BLOCK_N)
 
 
 @triton.jit
@@ -352,4 +368,4 @@ def finish_column(wide, ptr, stats_ptr, port, num_cells, column, mask, N: tl.con
     tl.store(ptr + column, value, mask)
     if stats_ptr is not None:
         seen = tl.minimum(N - tl.program_id(0) * BLOCK_N, BLOCK_N)
-        add_to_cell(stats_ptr, port, tl.program_id(0).to(tl.int64), num_cells, seen, count_exactly(no_fields(), value, mask))
+        add_to_cell(stats_ptr, port, tl.program_id(0).to(tl.int64), num_cells, seen, recount_exact(no_fields(), value, mask))

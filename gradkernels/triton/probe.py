@@ -4,9 +4,18 @@ import torch
 import triton
 import triton.language as tl
 
-from gradkernels.triton.launch import laid_out_as, launch, pointwise
+from gradkernels.triton.launch import launch, pointwise, with_strides_of
 from gradkernels.triton.launch_cache import register
-from gradkernels.triton.reduce import ABS_MAX, NUM_FIELDS, ROW, accumulator, lanes_of, new_row, observe, record_flat
+from gradkernels.triton.reduce import (
+    ABS_MAX,
+    NUM_FIELDS,
+    ROW,
+    accumulate,
+    accumulator,
+    elements_per_access,
+    new_accumulator,
+    write_stats_flat,
+)
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_cells", "port"])
@@ -23,13 +32,13 @@ def probe_bwd_kernel(
 ):
     """Row `port` of the statistics. Grid: programs take the blocks in turn."""
     dtype: tl.constexpr = accumulator(dy_ptr.dtype.element_ty)
-    LANES: tl.constexpr = lanes_of(dy_ptr.dtype.element_ty)
+    ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access(dy_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    row = new_row(SLOTS, dtype)
+    row = new_accumulator(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
-        row = observe(row, tl.load(dy_ptr + offsets, offsets < numel, other=0.0).to(dtype), LANES)
-    record_flat(row, stats_ptr, port, num_cells, dy_ptr, numel, BLOCK)
+        row = accumulate(row, tl.load(dy_ptr + offsets, offsets < numel, other=0.0).to(dtype), ELEMENTS_PER_ACCESS)
+    write_stats_flat(row, stats_ptr, port, num_cells, dy_ptr, numel, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_cells"])
@@ -51,7 +60,7 @@ def take_rows_kernel(stats_ptr, rows_ptr, num_cells, BLOCK: tl.constexpr):
 
 def probe_bwd(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
     """Adds the statistics of dy to row `port`. One launch."""
-    dy = dy if dy.is_contiguous() else laid_out_as(torch.empty_like(dy), dy)
+    dy = dy if dy.is_contiguous() else with_strides_of(torch.empty_like(dy), dy)
     pointwise(probe_bwd_kernel, dy, stats, dy, port)
 
 

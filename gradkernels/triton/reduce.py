@@ -26,7 +26,7 @@ NUMEL, OBSERVATIONS, SQUARES, TINY, HUGE, ABS_MAX, NONFINITE, ZEROS = (
         "zero_count",
     )
 )
-PARTS = tl.constexpr(16)  # in which a block is counted exactly: the path seldom taken then needs few registers
+CHUNKS = tl.constexpr(16)  # in which a block is counted exactly: the path seldom taken then needs few registers
 # Between these peaks no square over- or underflows enough to be seen in the sum of a program's elements.
 LOWEST_PEAK, HIGHEST_PEAK = tl.constexpr(2.0**-52), tl.constexpr(2.0**50)
 LOWEST_PEAK_DOUBLE, HIGHEST_PEAK_DOUBLE = tl.constexpr(fields.SMALLEST_SQUARED), tl.constexpr(fields.LARGEST_SQUARED)
@@ -40,26 +40,27 @@ def accumulator(dtype):
 
 
 @triton.constexpr_function
-def lanes_of(dtype):
+def elements_per_access(dtype):
     """Consecutive elements of `dtype` that a thread loads with one access of 16 bytes."""
     return 128 // dtype.primitive_bitwidth
 
 
 @triton.jit
-def new_row(SLOTS: tl.constexpr, dtype: tl.constexpr):
+def new_accumulator(SLOTS: tl.constexpr, dtype: tl.constexpr):
     """An empty row, with a slot for each thread."""
     zeros = tl.zeros([SLOTS], dtype)
     return zeros, zeros, zeros
 
 
 @triton.jit
-def observe(row, v, LANES: tl.constexpr):
+def accumulate(row, v, ELEMENTS_PER_ACCESS: tl.constexpr):
     """The row with tile `v` (as stored, in the accumulator's dtype) added; masked elements must be 0.
 
-    LANES as of the tensor that the tile was loaded from: then a slot sums up what its thread holds, and nothing moves.
+    ELEMENTS_PER_ACCESS as of the tensor that the tile was loaded from: then a slot sums up what its thread holds, and nothing
+    moves.
     """
     square_sum, peak, nonzero = row
-    own = tl.reshape(v, [v.numel // (square_sum.numel * LANES), square_sum.numel, LANES])
+    own = tl.reshape(v, [v.numel // (square_sum.numel * ELEMENTS_PER_ACCESS), square_sum.numel, ELEMENTS_PER_ACCESS])
     square_sum += tl.sum(tl.sum(own * own, 2), 0)
     peak = tl.maximum(peak, tl.max(tl.max(tl.abs(own), 2), 0))
     nonzero += tl.sum(tl.sum(tl.where(tl.abs(own) > 0, 1.0, 0.0).to(own.dtype), 2), 0)  # one FSET; exact up to 2^24 a slot
@@ -67,18 +68,18 @@ def observe(row, v, LANES: tl.constexpr):
 
 
 @triton.jit
-def total(row, numel):
+def finalize(row, numel):
     """(fields, whether they can be trusted) of a row that saw `numel` elements; fields as `add_to_cell` takes them."""
     square_sum, peak, nonzero = row
     lowest: tl.constexpr = LOWEST_PEAK_DOUBLE if peak.dtype == tl.float64 else LOWEST_PEAK
     highest: tl.constexpr = HIGHEST_PEAK_DOUBLE if peak.dtype == tl.float64 else HIGHEST_PEAK
     squares = tl.sum(square_sum.to(tl.float64), 0)
-    largest = tl.max(peak, 0).to(tl.float64)
+    max_abs = tl.max(peak, 0).to(tl.float64)
     zeros = numel.to(tl.float64) - tl.sum(nonzero.to(tl.float64), 0)
-    in_range = (largest >= lowest) & (largest <= highest)
-    trusted = (squares < float("inf")) & (in_range | (largest == 0.0))
+    in_range = (max_abs >= lowest) & (max_abs <= highest)
+    trusted = (squares < float("inf")) & (in_range | (max_abs == 0.0))
     nothing = squares * 0.0
-    return (squares, nothing, nothing, largest, nothing, zeros), trusted
+    return (squares, nothing, nothing, max_abs, nothing, zeros), trusted
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def no_fields():
 
 
 @triton.jit
-def count_exactly(fields, v, mask):
+def recount_exact(fields, v, mask):
     """The fields with tile `v` (any dtype, any values) added, element by element, in float64."""
     middle, tiny, huge, peak, nonfinite, zeros = fields
     magnitude = tl.abs(v.to(tl.float64))
@@ -133,23 +134,23 @@ def my_share(num_items, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def record_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.constexpr):
+def write_stats_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.constexpr):
     """Puts the row of a flat tensor, read in blocks by all programs in turns, into this program's cell."""
     program, seen = tl.program_id(0).to(tl.int64), my_share(numel, BLOCK)
-    fields, trusted = total(row, seen)
+    fields, trusted = finalize(row, seen)
     if not trusted:
         tl.debug_barrier()
         fields = no_fields()
         for block in range(program, tl.cdiv(numel, BLOCK), tl.num_programs(0)):
-            for first in range(0, BLOCK, BLOCK // PARTS):
-                offsets = block * BLOCK + first + tl.arange(0, BLOCK // PARTS)
+            for first in range(0, BLOCK, BLOCK // CHUNKS):
+                offsets = block * BLOCK + first + tl.arange(0, BLOCK // CHUNKS)
                 mask = offsets < numel
-                fields = count_exactly(fields, tl.load(ptr + offsets, mask, other=0.0), mask)
+                fields = recount_exact(fields, tl.load(ptr + offsets, mask, other=0.0), mask)
     add_to_cell(stats_ptr, port, program, num_cells, seen, fields)
 
 
 @triton.jit
-def record_rows(
+def write_stats_rows(
     row,
     stats_ptr,
     port,
@@ -161,16 +162,16 @@ def record_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """record_flat for rows of N elements, `stride` apart, taken BLOCK_M rows at a time by all programs in turn."""
+    """write_stats_flat for rows of N elements, `stride` apart, taken BLOCK_M rows at a time by all programs in turn."""
     program, seen = tl.program_id(0).to(tl.int64), my_share(num_rows, BLOCK_M) * N
-    fields, trusted = total(row, seen)
+    fields, trusted = finalize(row, seen)
     if not trusted:
         tl.debug_barrier()
         fields = no_fields()
         for block in range(program, tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
             rows = (block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64))[:, None]
-            for first in range(0, N, BLOCK_N // PARTS):
-                cols = first + tl.arange(0, BLOCK_N // PARTS)[None, :]
+            for first in range(0, N, BLOCK_N // CHUNKS):
+                cols = first + tl.arange(0, BLOCK_N // CHUNKS)[None, :]
                 mask = (rows < num_rows) & (cols < N)
-                fields = count_exactly(fields, tl.load(ptr + rows * stride + cols, mask, other=0.0), mask)
+                fields = recount_exact(fields, tl.load(ptr + rows * stride + cols, mask, other=0.0), mask)
     add_to_cell(stats_ptr, port, program, num_cells, seen, fields)

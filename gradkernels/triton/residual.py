@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gradkernels.triton.launch import laid_out_as, pointwise
+from gradkernels.triton.launch import pointwise, with_strides_of
 from gradkernels.triton.launch_cache import register
-from gradkernels.triton.reduce import accumulator, lanes_of, new_row, observe, record_flat
+from gradkernels.triton.reduce import accumulate, accumulator, elements_per_access, new_accumulator, write_stats_flat
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_cells"])
@@ -26,9 +26,9 @@ def residual_bwd_kernel(
     HAS_DSKIP: tl.constexpr = dskip_ptr is not None
     HAS_DBRANCH: tl.constexpr = dbranch_ptr is not None
     dtype: tl.constexpr = accumulator(dx_ptr.dtype.element_ty)
-    LANES: tl.constexpr = lanes_of(dx_ptr.dtype.element_ty)
+    ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access(dx_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    dskip_row, dbranch_row, dx_row = new_row(SLOTS, dtype), new_row(SLOTS, dtype), new_row(SLOTS, dtype)
+    dskip_row, dbranch_row, dx_row = new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
@@ -37,28 +37,28 @@ def residual_bwd_kernel(
             dskip = tl.load(dskip_ptr + offsets, mask, other=0.0).to(dtype)
             wide = dskip
             if TELEMETRY:
-                dskip_row = observe(dskip_row, dskip, LANES)
+                dskip_row = accumulate(dskip_row, dskip, ELEMENTS_PER_ACCESS)
         if HAS_DBRANCH:
             dbranch = tl.load(dbranch_ptr + offsets, mask, other=0.0).to(dtype)
             wide = wide + dbranch if HAS_DSKIP else dbranch
             if TELEMETRY:
-                dbranch_row = observe(dbranch_row, dbranch, LANES)
+                dbranch_row = accumulate(dbranch_row, dbranch, ELEMENTS_PER_ACCESS)
         dx = wide.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
-            dx_row = observe(dx_row, dx.to(dtype), LANES)
+            dx_row = accumulate(dx_row, dx.to(dtype), ELEMENTS_PER_ACCESS)
     if TELEMETRY:
         if HAS_DSKIP:
-            record_flat(dskip_row, stats_ptr, 0, num_cells, dskip_ptr, numel, BLOCK)
+            write_stats_flat(dskip_row, stats_ptr, 0, num_cells, dskip_ptr, numel, BLOCK)
         if HAS_DBRANCH:
-            record_flat(dbranch_row, stats_ptr, 1, num_cells, dbranch_ptr, numel, BLOCK)
-        record_flat(dx_row, stats_ptr, 2, num_cells, dx_ptr, numel, BLOCK)
+            write_stats_flat(dbranch_row, stats_ptr, 1, num_cells, dbranch_ptr, numel, BLOCK)
+        write_stats_flat(dx_row, stats_ptr, 2, num_cells, dx_ptr, numel, BLOCK)
 
 
 def residual_bwd(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats: torch.Tensor | None) -> torch.Tensor:
     """dx, with the shape, dtype and strides of dskip, or of dbranch where that is all there is. One launch."""
     dx = torch.empty_like(dbranch if dskip is None else dskip)
-    inputs = [t if t is None else laid_out_as(dx, t) for t in (dskip, dbranch)]
+    inputs = [t if t is None else with_strides_of(dx, t) for t in (dskip, dbranch)]
     pointwise(residual_bwd_kernel, dx, stats, *inputs, dx)
     return dx
 

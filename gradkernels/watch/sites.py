@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkernels.nn import AddLayerNorm, Residual, _Measuring
+from gradkernels.nn import AddLayerNorm, FusedModule, Residual
 from gradkernels.ops.probe import PORTS as PROBE_PORTS
 from gradkernels.ops.probe import GradientHook
 from gradkernels.telemetry.names import NUMBER
@@ -21,7 +21,7 @@ from gradkernels.telemetry.names import NUMBER
 PROBE, RESIDUAL, LAYER = "probe", "residual", "layer"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MANY_LAYERS = 4  # of one class in a container: a chain worth looking into, also inside a block
-HEAD = 4096  # outputs from which on a Linear that widens fourfold is taken for a vocabulary's: too large to read for nothing
+HEAD = 4096  # outputs from which on a Linear that upcasts fourfold is taken for a vocabulary's: too large to read for nothing
 WRAPPED = re.compile(r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module")
 WRAPPER = re.compile(r"Parallel|AveragedModel|Engine")  # in the class names of those that call their model `module`
 
@@ -77,7 +77,7 @@ def sites_of(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Si
     for a pattern that matches nothing.
     """
     names = names_of(model)
-    fused = {module for module in names if isinstance(module, _Measuring)}
+    fused = {module for module in names if isinstance(module, FusedModule)}
     if patterns is None:
         chosen = fused | ({model} if _is_layer(model) and _has_parameters(model) else set(_probed(model, False)))
         if _has_parameters(model) and not any(_has_parameters(module) for module in chosen):
@@ -148,7 +148,7 @@ def _probed(module: nn.Module, in_block: bool) -> Iterator[nn.Module]:
             same = 1  # an encoder and a decoder, two towers
         if type(child) in CONTAINERS:
             yield from _probed(child, in_block)
-        elif isinstance(child, _Measuring):
+        elif isinstance(child, FusedModule):
             if isinstance(child, Residual):
                 yield from _probed(child, True)
         elif _is_layer(child):

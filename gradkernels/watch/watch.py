@@ -12,8 +12,8 @@ from torch import nn
 
 from gradkernels.convert import check_module, convert
 from gradkernels.diagnose import Finding, diagnose
-from gradkernels.nn import _Measuring
-from gradkernels.nn.measuring import Hook, hooks_of
+from gradkernels.nn import FusedModule
+from gradkernels.nn.fused_module import Hook, hooks_of
 from gradkernels.ops.probe import probe
 from gradkernels.telemetry import History, Record, SiteRows, Snapshot, TimeProfile
 from gradkernels.watch.coverage import Coverage, coverage
@@ -210,7 +210,7 @@ class _Run:
         self.unseen: set[int] = set()  # modules that have not run when the learning ended
         self.learning: list[Any] = []  # handles of the hooks that are there to learn the flow
         for index, module in enumerate(modules):
-            if isinstance(module, _Measuring):
+            if isinstance(module, FusedModule):
                 module.__dict__["on_forward"] = self._on_forward(index)
             else:
                 self.hooks.append(module.register_forward_hook(self._probe_hook(index)))
@@ -308,7 +308,7 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Seq
 
 
 def _is_watched(module: nn.Module) -> bool:
-    names = module.stats_names() if isinstance(module, _Measuring) else ()
+    names = module.stats_names() if isinstance(module, FusedModule) else ()
     return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in ("on_forward", *names))
 
 

@@ -119,14 +119,14 @@ def backward_reference(p: Inputs) -> tuple[dict[str, Near], list[Step]]:
     gates, cells, c_steps = (t.split(p.sizes) for t in (p.gates, p.cells, c_before))
     steps, after = [None] * len(p.sizes), 0
     for t in order_of(p.sizes, not p.reverse):
-        live = p.sizes[t]
-        recurrent, whole = dh[: min(live, after)], dh[:live]
+        active_rows = p.sizes[t]
+        recurrent, whole = dh[: min(active_rows, after)], dh[:active_rows]
         if p.dy is not None:
             whole = whole + exactly(p.dy.split(p.sizes)[t])
-        steps[t] = step_back(whole, recurrent, dc[:live], (gates[t], cells[t], c_steps[t]), p)
-        dh = joined(steps[t].dgates.matmul(p.weight_hh), dh[live:])
-        dc = joined(steps[t].dc_before, dc[live:])
-        after = live
+        steps[t] = step_back(whole, recurrent, dc[:active_rows], (gates[t], cells[t], c_steps[t]), p)
+        dh = joined(steps[t].dgates.matmul(p.weight_hh), dh[active_rows:])
+        dc = joined(steps[t].dc_before, dc[active_rows:])
+        after = active_rows
     dgates = joined(*(step.dgates for step in steps))
     found = {
         "dx": dgates.matmul(p.weight_ih),

@@ -196,7 +196,7 @@ class AddLayerNorm:
         y, h, mean, rstd = OPS.add_layer_norm_fwd(x, residual, weight, bias, self.num_dims, self.eps)
         last = (weight, bias, self.num_dims, NAMES[self.dtype], self.dtype != self.residual_dtype, self.columns, stats)
         gradients = OPS.add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last)
-        names = ("y", "new_residual", "mean", "rstd", "dx", "dx_narrow", "dweight", "dbias")
+        names = ("y", "new_residual", "mean", "rstd", "dx", "dx_downcast", "dweight", "dbias")
         return dict(zip(names, (y, h, mean, rstd, *gradients), strict=True))
 
     def ports(self, tensors: dict, results: dict) -> dict:
@@ -207,7 +207,7 @@ class AddLayerNorm:
         h = tensors["residual"] + tensors["x"]
         check_equal("new_residual", results["new_residual"], h.to(NAMES[self.residual_dtype]))
         if self.residual_dtype != self.dtype:
-            check_equal("dx_narrow", results["dx_narrow"], results["dx"].to(NAMES[self.dtype]))
+            check_equal("dx_downcast", results["dx_downcast"], results["dx"].to(NAMES[self.dtype]))
         compare_norm(self, results["new_residual"], tensors["dnew_residual"], tensors, results)
 
 

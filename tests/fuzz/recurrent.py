@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import gradkernels as gk
 from fuzz.compare import check_equal, check_like, check_within, floor, rounding, sum_error
-from fuzz.lstm_truth import Inputs, Near, Step, time_fields, backward_reference
+from fuzz.lstm_truth import Inputs, Near, Step, backward_reference, time_fields
 from fuzz.tensors import DTYPE_NAMES, MODERATE, NAMES, THREADS, Drawn, drawn, values
-from gradkernels.ops.lstm_layer import order_of, previous_rows, step_sizes
+from gradkernels.ops.lstm_layer import order_of, previous_rows, rows_per_step
 from gradkernels.testing import accumulator, largest
 
 OPS = torch.ops.gradkernels
@@ -94,7 +94,7 @@ class LSTMLayer:
             wide(tensors[name]) for name in ("x", "h0", "c0", "weight_ih", "weight_hh", "weight_hr", "dy", "dh_n", "dc_n")
         )
         y, gates, cells = (wide(results[name]) for name in ("y", "gates", "cells"))
-        sizes = step_sizes(tensors["x"], tensors["h0"], tensors["batch_sizes"])
+        sizes = rows_per_step(tensors["x"], tensors["h0"], tensors["batch_sizes"])
         rows = (x.flatten(0, -2), h0, c0, w_ih, w_hh, w_hr, y.flatten(0, -2), gates, cells)
         dy = dy if dy is None else dy.flatten(0, -2)
         exact, steps = backward_reference(Inputs(*rows, dy, dh_n, dc_n, sizes, self.reverse, NAMES[self.dtype]))
@@ -107,7 +107,7 @@ def compare_forward(example: LSTMLayer, tensors: dict, results: dict) -> None:
     dtype, H = NAMES[example.dtype], example.H
     eps, least = rounding(dtype), floor(dtype)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = (wide(tensors[name]) for name in ("x", "h0", "c0", *WEIGHTS))
-    sizes = step_sizes(tensors["x"], tensors["h0"], tensors["batch_sizes"])
+    sizes = rows_per_step(tensors["x"], tensors["h0"], tensors["batch_sizes"])
     gates, cells = wide(results["gates"]), wide(results["cells"])
     if not sizes:
         return

@@ -11,41 +11,42 @@ struct Scale {
   static constexpr int MAX_EXPONENT = sizeof(A) == 4 ? MAX_EXPONENT_FLOAT : MAX_EXPONENT_DOUBLE;
 
   int64_t exponent = 0;
-  A carried = 1, incoming = 1, back = 1;  // factors of what this scale's predecessor carried, of dy, and of what is written
+  A carried = 1, external_max = 1,
+    unscale = 1;  // factors of what this scale's predecessor carried, of dy, and of what is written
 
-  void choose(A largest, A largest_incoming) {
+  void choose(A max_abs, A max_abs_external) {
     int64_t wanted = exponent;
-    if (!(largest > 0 && largest <= std::numeric_limits<A>::max())) {
+    if (!(max_abs > 0 && max_abs <= std::numeric_limits<A>::max())) {
       wanted = 0;
-    } else if (const int power = std::ilogb(largest); power < -EXPONENT_RANGE || power > EXPONENT_RANGE) {
+    } else if (const int power = std::ilogb(max_abs); power < -EXPONENT_RANGE || power > EXPONENT_RANGE) {
       wanted = std::max<int64_t>(0, std::min<int64_t>(exponent - power, exponent + MAX_EXPONENT));
     }
-    if (largest_incoming != 0) {
-      const bool finite = largest_incoming <= std::numeric_limits<A>::max();
-      const int64_t most = finite ? std::min<int64_t>(MAX_EXPONENT, EXPONENT_RANGE - std::ilogb(largest_incoming)) : 0;
+    if (max_abs_external != 0) {
+      const bool finite = max_abs_external <= std::numeric_limits<A>::max();
+      const int64_t most = finite ? std::min<int64_t>(MAX_EXPONENT, EXPONENT_RANGE - std::ilogb(max_abs_external)) : 0;
       wanted = std::max<int64_t>(0, std::min(wanted, most));
     }
     carried = std::ldexp(A(1), static_cast<int>(wanted - exponent));
-    incoming = wanted <= MAX_EXPONENT ? std::ldexp(A(1), static_cast<int>(wanted)) : A(0);
-    back = std::ldexp(A(1), static_cast<int>(-wanted));
+    external_max = wanted <= MAX_EXPONENT ? std::ldexp(A(1), static_cast<int>(wanted)) : A(0);
+    unscale = std::ldexp(A(1), static_cast<int>(-wanted));
     exponent = wanted;
   }
 };
 
 template <typename A>
-static A largest_of(const A* p, int64_t count, A largest) {
-  for (int64_t k = 0; k < count; ++k) largest = std::fabs(p[k]) > largest || p[k] != p[k] ? std::fabs(p[k]) : largest;
-  return largest;
+static A largest_of(const A* p, int64_t count, A max_abs) {
+  for (int64_t k = 0; k < count; ++k) max_abs = std::fabs(p[k]) > max_abs || p[k] != p[k] ? std::fabs(p[k]) : max_abs;
+  return max_abs;
 }
 
 // The largest magnitude that step t receives from outside: dy, and dh_n and dc_n of the sequences that end there, which dh and
 // dc still hold.
 template <typename A>
-static A largest_incoming(const LstmBackward<A>& p, int64_t t, int64_t live) {
-  const int64_t size = p.steps.size[t], joined = std::max<int64_t>(0, size - live);
-  A largest = p.dy ? largest_of(p.dy + p.steps.offset[t] * p.P, size * p.P, A(0)) : A(0);
-  largest = largest_of(p.dh + live * p.P, joined * p.P, largest);
-  return largest_of(p.dc + live * p.H, joined * p.H, largest);
+static A max_abs_external(const LstmBackward<A>& p, int64_t t, int64_t active_rows) {
+  const int64_t size = p.steps.size[t], joined = std::max<int64_t>(0, size - active_rows);
+  A max_abs = p.dy ? largest_of(p.dy + p.steps.offset[t] * p.P, size * p.P, A(0)) : A(0);
+  max_abs = largest_of(p.dh + active_rows * p.P, joined * p.P, max_abs);
+  return largest_of(p.dc + active_rows * p.H, joined * p.H, max_abs);
 }
 
 // Sums of squares in float64. No float32 is too small or too large for it; of float64 there are three, see SquareSum.
@@ -127,67 +128,67 @@ struct StepMeasure {
   }
 };
 
-// The total dh of a step: what is carried, and dy. `live` rows have been carried; the others hold dh_n.
+// The total dh of a step: what is carried, and dy. `active_rows` rows have been carried; the others hold dh_n.
 template <typename A>
-static GK_INLINE Vec<A> total_dh(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t b, int64_t live,
+static GK_INLINE Vec<A> total_dh(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t b, int64_t active_rows,
                                  int64_t j) {
   const int64_t count = p.P - j;
-  Vec<A> total = load_first(p.dh + b * p.P + j, count) * (b < live ? scale.carried : scale.incoming);
-  if (p.dy) total += load_first(p.dy + (p.steps.offset[t] + b) * p.P + j, count) * scale.incoming;
+  Vec<A> total = load_first(p.dh + b * p.P + j, count) * (b < active_rows ? scale.carried : scale.external_max);
+  if (p.dy) total += load_first(p.dy + (p.steps.offset[t] + b) * p.P + j, count) * scale.external_max;
   return total;
 }
 
 // The squares of the total dh of row b, and of what came to it from the step after.
 template <typename A>
-static GK_INLINE void measure_dh(const LstmBackward<A>& p, const A* total, int64_t b, int64_t live, Share outputs,
+static GK_INLINE void measure_dh(const LstmBackward<A>& p, const A* total, int64_t b, int64_t active_rows, Share outputs,
                                  StepMeasure<A>& measure) {
   measure.dh.add_row(total, outputs.end - outputs.begin);
-  if (b < live) measure.dh_recurrent.add_row(p.dh + b * p.P + outputs.begin, outputs.end - outputs.begin);
+  if (b < active_rows) measure.dh_recurrent.add_row(p.dh + b * p.P + outputs.begin, outputs.end - outputs.begin);
 }
 
 // With a projection: the total dh of a step, and through W_hr the gradient dm of o tanh(c).
 template <typename A, bool TELEMETRY>
-static void project(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t live, Share outputs,
+static void project(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t active_rows, Share outputs,
                     StepMeasure<A>& measure) {
   for (int64_t b = 0; b < p.steps.size[t]; ++b) {
     for (int64_t j = outputs.begin; j < outputs.end; j += WIDTH<A>) {
-      const Vec<A> total = total_dh(p, scale, t, b, live, j);
+      const Vec<A> total = total_dh(p, scale, t, b, active_rows, j);
       store_first(p.dh_scaled + b * p.P + j, total, p.P - j);
-      store_first(p.dh_total + (p.steps.offset[t] + b) * p.P + j, total * scale.back, p.P - j);
+      store_first(p.dh_total + (p.steps.offset[t] + b) * p.P + j, total * scale.unscale, p.P - j);
     }
-    if (TELEMETRY) measure_dh(p, p.dh_scaled + b * p.P + outputs.begin, b, live, outputs, measure);
+    if (TELEMETRY) measure_dh(p, p.dh_scaled + b * p.P + outputs.begin, b, active_rows, outputs, measure);
   }
 }
 
 // dG of one step, from dh (dm with a projection) and dc, which moves on to the step before. Returns the largest magnitude.
 // row: with telemetry, two rows of this thread's own, for dh and dc.
 template <typename A, bool TELEMETRY>
-static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t live, Share units, A* scaled,
+static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t t, int64_t active_rows, Share units, A* scaled,
                         A* row, StepMeasure<A>& measure) {
   const int64_t H = p.H, first = p.steps.offset[t], last = p.steps.before[t] < 0 ? 0 : p.steps.offset[p.steps.before[t]];
-  const int64_t continued = p.steps.continued(t), stride = 4 * H + PADDING;
-  Vec<A> largest{};
+  const int64_t rows_with_predecessor = p.steps.rows_with_predecessor(t), stride = 4 * H + PADDING;
+  Vec<A> max_abs{};
   for (int64_t b = 0; b < p.steps.size[t]; ++b) {
     const A* gates = p.gates + (first + b) * 4 * H;
     const A* cells = p.cells + (first + b) * H;
-    const A* previous = b < continued ? p.cells + (last + b) * H : p.c0 + b * H;
-    const A carried = b < live ? scale.carried : scale.incoming;
+    const A* previous = b < rows_with_predecessor ? p.cells + (last + b) * H : p.c0 + b * H;
+    const A carried = b < active_rows ? scale.carried : scale.external_max;
     A* dgates = p.dgates + (first + b) * stride;
     for (int64_t j = units.begin; j < units.end; j += WIDTH<A>) {
       const int64_t count = H - j;
       const Vec<A> i = load_first(gates + j, count), f = load_first(gates + H + j, count),
                    g = load_first(gates + 2 * H + j, count), o = load_first(gates + 3 * H + j, count);
       const Vec<A> m = hyperbolic_tangent<A>(load_first(cells + j, count));
-      const Vec<A> dh = p.weight_hr ? load_first(p.dm + b * H + j, count) : total_dh(p, scale, t, b, live, j);
+      const Vec<A> dh = p.weight_hr ? load_first(p.dm + b * H + j, count) : total_dh(p, scale, t, b, active_rows, j);
       const Vec<A> dc = load_first(p.dc + b * H + j, count) * carried + dh * o * (A(1) - m * m);
-      largest = higher_magnitude<A>(dc, higher_magnitude<A>(dh, largest));
+      max_abs = higher_magnitude<A>(dc, higher_magnitude<A>(dh, max_abs));
       if (TELEMETRY) {
         store_first(row + j, dh, count);
         store_first(row + H + j, dc, count);
       }
       const Vec<A> dg[4] = {dc * g * (i * (A(1) - i)), dc * load_first(previous + j, count) * (f * (A(1) - f)),
                             dc * i * (A(1) - g * g), dh * m * (o * (A(1) - o))};
-      for (int gate = 0; gate < 4; ++gate) store_first(dgates + gate * H + j, dg[gate] * scale.back, count);
+      for (int gate = 0; gate < 4; ++gate) store_first(dgates + gate * H + j, dg[gate] * scale.unscale, count);
       if (scale.exponent != 0) {
         for (int gate = 0; gate < 4; ++gate) store_first(scaled + b * stride + gate * H + j, dg[gate], count);
       }
@@ -195,20 +196,20 @@ static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t
       if (p.m) store_first(p.m + (first + b) * H + j, o * m, count);
     }
     if (TELEMETRY) {
-      if (!p.weight_hr) measure_dh(p, row + units.begin, b, live, units, measure);
+      if (!p.weight_hr) measure_dh(p, row + units.begin, b, active_rows, units, measure);
       measure.dc.add_row(row + H + units.begin, units.end - units.begin);
       measure.add_gates(gates + units.begin, H, units.end - units.begin);
     }
   }
-  return max<A>(largest);
+  return max<A>(max_abs);
 }
 
 // Rows [begin, end) of a carried state leave the loop: their scale is taken off.
 template <typename A>
-static void scale_back(A* state, int64_t columns, Share share, int64_t begin, int64_t end, A back) {
-  if (back == 1) return;
+static void scale_back(A* state, int64_t columns, Share share, int64_t begin, int64_t end, A unscale) {
+  if (unscale == 1) return;
   for (int64_t b = begin; b < end; ++b) {
-    for (int64_t j = share.begin; j < share.end; ++j) state[b * columns + j] *= back;
+    for (int64_t j = share.begin; j < share.end; ++j) state[b * columns + j] *= unscale;
   }
 }
 
@@ -220,38 +221,38 @@ static void backward_through_time(const LstmBackward<A>& p, int thread, int thre
   pack_columns(p.weight_hh, P, 1, 4 * H, P, outputs, p.packed_hh);
   if (p.weight_hr) pack_columns(p.weight_hr, H, 1, P, H, units, p.packed_hr);
   Scale<A> scale;
-  A largest = largest_incoming(p, steps.order[T - 1], 0);
-  int64_t live = 0;
+  A max_abs = max_abs_external(p, steps.order[T - 1], 0);
+  int64_t active_rows = 0;
   for (int64_t n = 0; n < T; ++n) {
     const int64_t t = steps.order[T - 1 - n], size = steps.size[t];
-    if (size < live) {
-      scale_back(p.dh, P, outputs, size, live, scale.back);
-      scale_back(p.dc, H, units, size, live, scale.back);
-      live = size;
+    if (size < active_rows) {
+      scale_back(p.dh, P, outputs, size, active_rows, scale.unscale);
+      scale_back(p.dc, H, units, size, active_rows, scale.unscale);
+      active_rows = size;
     }
     // Scanning what comes in takes time, and is only needed where something has vanished.
-    const bool scaling = n == 0 || scale.exponent != 0 || (largest > 0 && std::ilogb(largest) < -EXPONENT_RANGE);
-    scale.choose(largest, scaling ? (n == 0 ? largest : largest_incoming(p, t, live)) : A(0));
+    const bool scaling = n == 0 || scale.exponent != 0 || (max_abs > 0 && std::ilogb(max_abs) < -EXPONENT_RANGE);
+    scale.choose(max_abs, scaling ? (n == 0 ? max_abs : max_abs_external(p, t, active_rows)) : A(0));
     if (scaling) barrier.wait(threads);  // nobody writes to dc before all have read it
     StepMeasure<A> measure;
     if (p.weight_hr) {
-      project<A, TELEMETRY>(p, scale, t, live, outputs, measure);
+      project<A, TELEMETRY>(p, scale, t, active_rows, outputs, measure);
       barrier.wait(threads);
       multiply_columns(p.dh_scaled, P, p.packed_hr, P, size, H, units, p.dm);
     }
     A* scaled = p.dgates_scaled + n % 2 * steps.B * stride;
-    A* seen = p.largest + n % 2 * threads;
-    seen[thread] = gates_backward<A, TELEMETRY>(p, scale, t, live, units, scaled, p.rows + thread * 2 * H, measure);
+    A* seen = p.max_abs + n % 2 * threads;
+    seen[thread] = gates_backward<A, TELEMETRY>(p, scale, t, active_rows, units, scaled, p.rows + thread * 2 * H, measure);
     if (TELEMETRY) measure.finish(p.sums[t * threads + thread]);
     if (TELEMETRY && thread == 0) p.exponent[t] = scale.exponent;
     barrier.wait(threads);
-    largest = largest_of(seen, threads, A(0));
+    max_abs = largest_of(seen, threads, A(0));
     const A* dg = scale.exponent != 0 ? scaled : p.dgates + steps.offset[t] * stride;
     multiply_columns(dg, stride, p.packed_hh, 4 * H, size, P, outputs, p.dh);
-    live = size;
+    active_rows = size;
   }
-  scale_back(p.dh, P, outputs, 0, live, scale.back);
-  scale_back(p.dc, H, units, 0, live, scale.back);
+  scale_back(p.dh, P, outputs, 0, active_rows, scale.unscale);
+  scale_back(p.dc, H, units, 0, active_rows, scale.unscale);
 }
 
 template <typename A>

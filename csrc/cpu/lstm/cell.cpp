@@ -46,7 +46,7 @@ static void cell_forward(const CellForward<A>& p, int64_t begin, int64_t end) {
       for (int gate = 0; gate < 4; ++gate) {
         v[gate] = load_first(gates + gate * H + j, count);
         if (p.bias_ih) v[gate] += load_first(p.bias_ih + gate * H + j, count) + load_first(p.bias_hh + gate * H + j, count);
-        v[gate] = gate == 2 ? hyperbolic_tangent<A>(v[gate]) : logistic<A>(v[gate]);
+        v[gate] = gate == 2 ? hyperbolic_tangent<A>(v[gate]) : sigmoid<A>(v[gate]);
         store_first(gates + gate * H + j, v[gate], count);
       }
       const Vec<A> c = v[1] * load_first(p.c + b * H + j, count) + v[0] * v[2];
@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& 
   check_lstm_cell("lstm_cell_fwd", x, h, c_any, weight_ih, weight_hh, bias_ih_any, bias_hh_any);
   const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
-  const Tensor c = widened(c_any), bias_ih = widened(bias_ih_any), bias_hh = widened(bias_hh_any);
-  Tensor gates = at::mm(widened(x), widened(weight_ih).t());
-  gates.addmm_(widened(h), widened(weight_hh).t());
+  const Tensor c = upcast(c_any), bias_ih = upcast(bias_ih_any), bias_hh = upcast(bias_hh_any);
+  Tensor gates = at::mm(upcast(x), upcast(weight_ih).t());
+  gates.addmm_(upcast(h), upcast(weight_hh).t());
   const Tensor h_next = at::empty(c.sizes(), c.options()), c_next = at::empty(c.sizes(), c.options());
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "lstm_cell_fwd", [&] {
     const CellForward<scalar_t> p{pointer<scalar_t>(c),
@@ -116,24 +116,24 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
   const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
   const auto dtype = x.scalar_type();
-  const Tensor c = widened(c_any), wide_dh = widened(dh_next), wide_dc = widened(dc_next);
-  const Tensor dg = at::empty(gates.sizes(), gates.options()), dc_wide = at::empty(c.sizes(), c.options());
+  const Tensor c = upcast(c_any), wide_dh = upcast(dh_next), wide_dc = upcast(dc_next);
+  const Tensor dg = at::empty(gates.sizes(), gates.options()), dc_float32 = at::empty(c.sizes(), c.options());
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "lstm_cell_bwd", [&] {
     const CellBackward<scalar_t> p{pointer<scalar_t>(wide_dh),
                                    pointer<scalar_t>(wide_dc),
                                    pointer<scalar_t>(c),
                                    pointer<scalar_t>(gates),
                                    writable<scalar_t>(dg),
-                                   writable<scalar_t>(dc_wide),
+                                   writable<scalar_t>(dc_float32),
                                    H};
     const auto loop = GK_CHOOSE((cell_backward<scalar_t>));
     for_each_program(num_programs(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
   });
   const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
-  const Tensor dx = inputs ? at::mm(dg, widened(weight_ih)).to(dtype) : none();
-  const Tensor dh = at::mm(dg, widened(weight_hh)).to(dtype), dc = dc_wide.to(dtype);
-  const Tensor dweight_ih = weights ? at::mm(dg.t(), widened(x)).to(dtype) : none();
-  const Tensor dweight_hh = weights ? at::mm(dg.t(), widened(h)).to(dtype) : none();
+  const Tensor dx = inputs ? at::mm(dg, upcast(weight_ih)).to(dtype) : none();
+  const Tensor dh = at::mm(dg, upcast(weight_hh)).to(dtype), dc = dc_float32.to(dtype);
+  const Tensor dweight_ih = weights ? at::mm(dg.t(), upcast(x)).to(dtype) : none();
+  const Tensor dweight_hh = weights ? at::mm(dg.t(), upcast(h)).to(dtype) : none();
   const Tensor dbias = weights && bias_ih ? dg.sum(0).to(dtype) : none();
   if (stats) {
     const bool there[] = {dh_next.has_value(), dc_next.has_value(), inputs, true, true, weights, weights, weights && bias_ih};

@@ -32,8 +32,8 @@ static GK_INLINE void gates_tile(const LstmForward<A>& p, const A* h, const A* c
   multiply<A>(h, p.P, p.packed_hh + j * 4 * p.P, WIDTH<A>, 4 * WIDTH<A>, p.P, sums);
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
-    const Vec<A> i = logistic<A>(sums[r][0]), f = logistic<A>(sums[r][1]), g = hyperbolic_tangent<A>(sums[r][2]),
-                 o = logistic<A>(sums[r][3]);
+    const Vec<A> i = sigmoid<A>(sums[r][0]), f = sigmoid<A>(sums[r][1]), g = hyperbolic_tangent<A>(sums[r][2]),
+                 o = sigmoid<A>(sums[r][3]);
     const Vec<A> cell = f * load_first(c + r * H + j, count) + i * g;
     A* target = gates + 4 * r * H;
     store_first(target, i, count);
@@ -52,7 +52,7 @@ static void lstm_forward(const LstmForward<A>& p, int thread, int threads, Barri
   pack_gates(p.weight_hh, p.H, p.P, units, p.packed_hh);
   if (p.weight_hr) pack_columns(p.weight_hr, 1, p.H, p.H, p.P, outputs, p.packed_hr);
   for (const int64_t t : steps.order) {
-    const int64_t first = steps.offset[t], continued = steps.continued(t);
+    const int64_t first = steps.offset[t], rows_with_predecessor = steps.rows_with_predecessor(t);
     const auto rows_of = [&](int64_t begin, int64_t end, const A* h, const A* c) {
       for (int64_t j = units.begin; j < units.end; j += WIDTH<A>) {
         for_each_tile(end - begin, [&](auto rows, int64_t b0) {
@@ -62,11 +62,11 @@ static void lstm_forward(const LstmForward<A>& p, int thread, int threads, Barri
         });
       }
     };
-    if (continued > 0) {
+    if (rows_with_predecessor > 0) {
       const int64_t last = steps.offset[steps.before[t]];
-      rows_of(0, continued, p.y + last * p.P, p.cells + last * p.H);
+      rows_of(0, rows_with_predecessor, p.y + last * p.P, p.cells + last * p.H);
     }
-    if (continued < steps.size[t]) rows_of(continued, steps.size[t], p.h0, p.c0);
+    if (rows_with_predecessor < steps.size[t]) rows_of(rows_with_predecessor, steps.size[t], p.h0, p.c0);
     barrier.wait(threads);
     if (!p.weight_hr) continue;
     multiply_columns(p.m, p.H, p.packed_hr, p.H, steps.size[t], p.P, outputs, p.y + first * p.P);

@@ -69,7 +69,7 @@ static GK_INLINE Vec<A> reciprocal(Vec<A> v) {
 
 // 1 / (1 + e^-v); NaN stays NaN, by the last term.
 template <typename A>
-static GK_INLINE Vec<A> logistic(Vec<A> v) {
+static GK_INLINE Vec<A> sigmoid(Vec<A> v) {
   const Vec<A> limit = broadcast<A>(EXPONENT_LIMIT<A>), bounded = lower(limit, higher(-limit, v));
   return reciprocal<A>(A(1) + exponential(-bounded)) + bounded * A(0);
 }

@@ -64,10 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(const Tensor& 
   const OneThreadInForkedChild guard;
   const int64_t B = h0_any.size(0), P = h0_any.size(1), H = c0_any.size(1);
   const Steps steps(x, batch_sizes, B, reverse);
-  const Tensor h0 = widened(h0_any), c0 = widened(c0_any), weight_hh = widened(weight_hh_any),
-               weight_hr = widened(weight_hr_any);
-  const Tensor rows = widened_rows(x), w = widened(weight_ih).t();
-  Tensor gates = bias_ih ? at::addmm(at::add(widened(*bias_ih), widened(*bias_hh)), rows, w) : at::mm(rows, w);
+  const Tensor h0 = upcast(h0_any), c0 = upcast(c0_any), weight_hh = upcast(weight_hh_any), weight_hr = upcast(weight_hr_any);
+  const Tensor rows = upcast_rows(x), w = upcast(weight_ih).t();
+  Tensor gates = bias_ih ? at::addmm(at::add(upcast(*bias_ih), upcast(*bias_hh)), rows, w) : at::mm(rows, w);
   const Tensor cells = at::empty({steps.num_rows(), H}, gates.options()), y = at::empty({steps.num_rows(), P}, gates.options());
   const Tensor h_n = at::empty({B, P}, gates.options()), c_n = at::empty({B, H}, gates.options());
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_layer_fwd", [&] {
@@ -106,11 +105,11 @@ static Tensor previous_rows(const Steps& steps, const Tensor& rows, const Tensor
   Tensor result = at::empty(rows.sizes(), rows.options());
   A* target = result.mutable_data_ptr<A>();
   for (int64_t t = 0; t < steps.num_steps(); ++t) {
-    const int64_t continued = steps.continued(t);
-    const A* source = rows.const_data_ptr<A>() + (continued ? steps.offset[steps.before[t]] * columns : 0);
-    target = std::copy(source, source + continued * columns, target);
+    const int64_t rows_with_predecessor = steps.rows_with_predecessor(t);
+    const A* source = rows.const_data_ptr<A>() + (rows_with_predecessor ? steps.offset[steps.before[t]] * columns : 0);
+    target = std::copy(source, source + rows_with_predecessor * columns, target);
     source = initial.const_data_ptr<A>();
-    target = std::copy(source + continued * columns, source + steps.size[t] * columns, target);
+    target = std::copy(source + rows_with_predecessor * columns, source + steps.size[t] * columns, target);
   }
   return result;
 }
@@ -154,21 +153,23 @@ struct BackwardResult {
 };
 
 template <typename A>
-static BackwardResult backward_through_time(const Steps& steps, const Tensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                        const Tensor& c0, const Tensor& weight_hh, const Tensor& weight_hr, const Tensor& gates,
-                        const Tensor& cells, const OptionalTensor& time_stats) {
+static BackwardResult backward_through_time(const Steps& steps, const Tensor& dy, const OptionalTensor& dh_n,
+                                            const OptionalTensor& dc_n, const Tensor& c0, const Tensor& weight_hh,
+                                            const Tensor& weight_hr, const Tensor& gates, const Tensor& cells,
+                                            const OptionalTensor& time_stats) {
   const int64_t B = steps.B, H = c0.size(1), P = weight_hh.size(1), rows = steps.num_rows(), stride = 4 * H + PADDING;
   const auto options = c0.options();
   const bool projected = weight_hr.defined();
   const auto state = [&](const OptionalTensor& d, int64_t columns) {
-    return d ? widened(*d).clone() : at::zeros({B, columns}, options);
+    return d ? upcast(*d).clone() : at::zeros({B, columns}, options);
   };
   const auto scratch = [&](at::IntArrayRef shape) { return projected ? at::empty(shape, options) : Tensor(); };
-  const BackwardResult out{at::empty({rows, stride}, options), state(dh_n, P), state(dc_n, H), scratch({rows, P}), scratch({rows, H})};
+  const BackwardResult out{at::empty({rows, stride}, options), state(dh_n, P), state(dc_n, H), scratch({rows, P}),
+                           scratch({rows, H})};
   const Tensor dgates_scaled = at::empty({2, B, stride}, options), packed_hh = panels<A>(4 * H, P, c0);
   const Tensor packed_hr = projected ? panels<A>(P, H, c0) : Tensor(), dh_scaled = scratch({B, P}), dm = scratch({B, H});
   const int threads = num_step_threads(4 * B * H * P, std::min(H, P) / 16);
-  std::vector<A> largest(2 * threads), rows_of_threads(time_stats ? threads * 2 * H : 0);
+  std::vector<A> max_abs(2 * threads), rows_of_threads(time_stats ? threads * 2 * H : 0);
   std::vector<StepSums> sums(time_stats ? steps.num_steps() * threads : 0);
   std::vector<int64_t> exponent(time_stats ? steps.num_steps() : 0);
   const LstmBackward<A> p{steps,
@@ -190,7 +191,7 @@ static BackwardResult backward_through_time(const Steps& steps, const Tensor& dy
                           writable<A>(packed_hr),
                           writable<A>(dh_scaled),
                           writable<A>(dm),
-                          largest.data(),
+                          max_abs.data(),
                           rows_of_threads.data(),
                           sums.data(),
                           exponent.data()};
@@ -219,16 +220,16 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
   const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
   Tensor dx = none(), dweight_ih = none(), dweight_hh = none(), dbias = none(), dweight_hr = none(), dh0, dc0;
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_layer_bwd", [&] {
-    const Tensor rows_dy = dy ? widened_rows(*dy) : Tensor();
-    const BackwardResult result = backward_through_time<scalar_t>(steps, rows_dy, dh_n, dc_n, widened(c0), widened(weight_hh), widened(weight_hr),
-                                              gates, cells, time_stats);
+    const Tensor rows_dy = dy ? upcast_rows(*dy) : Tensor();
+    const BackwardResult result = backward_through_time<scalar_t>(steps, rows_dy, dh_n, dc_n, upcast(c0), upcast(weight_hh),
+                                                                  upcast(weight_hr), gates, cells, time_stats);
     const Tensor dg = result.dgates.narrow(1, 0, gates.size(1));
     dh0 = result.dh0.to(dtype);
     dc0 = result.dc0.to(dtype);
-    if (inputs) dx = at::mm(dg, widened(weight_ih)).to(dtype).view(x.sizes());
+    if (inputs) dx = at::mm(dg, upcast(weight_ih)).to(dtype).view(x.sizes());
     if (!weights) return;
-    dweight_ih = at::mm(dg.t(), widened_rows(x)).to(dtype);
-    dweight_hh = at::mm(dg.t(), previous_rows<scalar_t>(steps, widened_rows(y), widened(h0))).to(dtype);
+    dweight_ih = at::mm(dg.t(), upcast_rows(x)).to(dtype);
+    dweight_hh = at::mm(dg.t(), previous_rows<scalar_t>(steps, upcast_rows(y), upcast(h0))).to(dtype);
     if (bias_ih) dbias = dg.sum(0).to(dtype);
     if (weight_hr) dweight_hr = at::mm(result.dh_total.t(), result.m).to(dtype);
   });

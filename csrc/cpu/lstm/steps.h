@@ -15,7 +15,7 @@ constexpr int64_t WORK_PER_THREAD = 1 << 18;  // multiply-adds a step, about 7 u
 constexpr int64_t PADDING = 16;               // columns between rows of dG: powers of two apart they would share cache sets
 
 // The numbers of rows of all time steps, or an error where batch_sizes are not those of x and B.
-inline std::vector<int64_t> step_sizes(const Tensor& x, const OptionalTensor& batch_sizes, int64_t B) {
+inline std::vector<int64_t> rows_per_step(const Tensor& x, const OptionalTensor& batch_sizes, int64_t B) {
   const int64_t T = batch_sizes ? batch_sizes->numel() : x.size(0);
   TORCH_CHECK_VALUE(T > 0, "lstm_layer: Expected sequence length to be larger than 0 in RNN");
   if (!batch_sizes) return std::vector<int64_t>(T, B);
@@ -38,7 +38,7 @@ inline std::vector<int64_t> step_sizes(const Tensor& x, const OptionalTensor& ba
 // The rows of each time step. `order` lists the steps as the forward pass takes them; before[t] is the step it took before t.
 struct Steps {
   Steps(const Tensor& x, const OptionalTensor& batch_sizes, int64_t B, bool reverse)
-      : B(B), size(step_sizes(x, batch_sizes, B)) {
+      : B(B), size(rows_per_step(x, batch_sizes, B)) {
     const int64_t T = num_steps();
     offset.push_back(0);
     for (int64_t t = 0; t < T; ++t) {
@@ -50,7 +50,7 @@ struct Steps {
   int64_t num_steps() const { return static_cast<int64_t>(size.size()); }
   int64_t num_rows() const { return offset.back(); }
   // How many rows of step t have a row in the step before; the others start from the initial state.
-  int64_t continued(int64_t t) const { return before[t] < 0 ? 0 : std::min(size[t], size[before[t]]); }
+  int64_t rows_with_predecessor(int64_t t) const { return before[t] < 0 ? 0 : std::min(size[t], size[before[t]]); }
 
   int64_t B;
   std::vector<int64_t> size, offset, order, before;
@@ -91,7 +91,7 @@ struct LstmBackward {
   A *dh, *dc;                                                // (B, P) and (B, H): dh_n and dc_n on entry, dh0 and dc0 on return
   A *dgates, *dgates_scaled, *dh_total, *m;  // dgates_scaled: two steps' worth; dh_total, m: all rows, with a projection alone
   A *packed_hh, *packed_hr, *dh_scaled, *dm;
-  A* largest;         // two steps' worth of one number a thread
+  A* max_abs;         // two steps' worth of one number a thread
   A* rows;            // with telemetry, two rows of H units a thread
   StepSums* sums;     // (steps, threads); null without telemetry
   int64_t* exponent;  // of the scale that each step was computed in
@@ -136,10 +136,10 @@ void for_each_thread(int threads, const Body& body) {
 }
 
 // `t` as the loops read it: without gaps, in float32 or float64.
-inline Tensor widened(const Tensor& t) { return t.to(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous(); }
-inline Tensor widened(const OptionalTensor& t) { return t ? widened(*t) : Tensor(); }
-inline Tensor widened_rows(const Tensor& t) {
-  return widened(t).view({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
+inline Tensor upcast(const Tensor& t) { return t.to(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous(); }
+inline Tensor upcast(const OptionalTensor& t) { return t ? upcast(*t) : Tensor(); }
+inline Tensor upcast_rows(const Tensor& t) {
+  return upcast(t).view({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
 }
 
 // Null where the tensor is undefined: what is not there. One without elements is there, and has an address nobody reads.

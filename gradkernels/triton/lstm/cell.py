@@ -9,7 +9,7 @@ import triton.language as tl
 from gradkernels.triton.launch import launch
 from gradkernels.triton.launch_cache import register
 from gradkernels.triton.lstm.gates import gates_backward, gates_forward, hyperbolic_tangent, load_gates, store_gates
-from gradkernels.triton.lstm.sequence import multiply_wide
+from gradkernels.triton.lstm.sequence import multiply_float32
 from gradkernels.triton.probe import probe_each
 
 BLOCK = 512  # elements of h of a program
@@ -88,7 +88,7 @@ def lstm_cell_fwd(
     bias_hh: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h_next, c_next in x's dtype; gates (B, 4H), activated, in float32 (float64). Two products and one launch."""
-    gates, recurrent = multiply_wide(x, weight_ih.t()), multiply_wide(h, weight_hh.t())
+    gates, recurrent = multiply_float32(x, weight_ih.t()), multiply_float32(h, weight_hh.t())
     biases = (None if bias is None else bias.contiguous() for bias in (bias_ih, bias_hh))
     h_next, c_next = h.new_empty(h.shape), c.new_empty(c.shape)
     args = (gates, recurrent, *biases, c.contiguous(), h_next, c_next, c.numel())
@@ -113,12 +113,12 @@ def lstm_cell_bwd(
 ) -> tuple[torch.Tensor, ...]:
     """dx, dh, dc, dweight_ih, dweight_hh, dbias; no elements where not wanted. dG is rounded to x's dtype for the products."""
     dg, dc = x.new_empty(gates.shape), c.new_empty(c.shape)
-    incoming = (None if d is None else d.contiguous() for d in (dh_next, dc_next))
-    args = (*incoming, c.contiguous(), gates, dg, dc, c.numel())
+    external_max = (None if d is None else d.contiguous() for d in (dh_next, dc_next))
+    args = (*external_max, c.contiguous(), gates, dg, dc, c.numel())
     launch(lstm_cell_bwd_kernel, (max(1, -(-c.numel() // BLOCK)),), *args, H=c.shape[1], BLOCK=BLOCK, num_warps=4)
     dx = torch.mm(dg, weight_ih) if inputs else None
     dh = torch.mm(dg, weight_hh)
-    dweight_ih, dweight_hh = (multiply_wide(dg.t(), t).to(x.dtype) if weights else None for t in (x, h))
+    dweight_ih, dweight_hh = (multiply_float32(dg.t(), t).to(x.dtype) if weights else None for t in (x, h))
     dbias = dg.sum(0) if weights and bias_ih is not None else None
     probe_each(stats, dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias)
     return tuple(x.new_empty(0) if d is None else d for d in (dx, dh, dc, dweight_ih, dweight_hh, dbias))

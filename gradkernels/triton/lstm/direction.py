@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gradkernels.ops.layer_norm import widen
+from gradkernels.ops.layer_norm import upcast
 from gradkernels.ops.lstm import Stack
 from gradkernels.triton.lstm.backward import BackwardResult, recurrence_backward
 from gradkernels.triton.lstm.forward import recurrence_forward
 from gradkernels.triton.lstm.persistent import recurrence_backward_chunk
-from gradkernels.triton.lstm.sequence import Steps, multiply_wide, preactivations, previous_rows
+from gradkernels.triton.lstm.sequence import Steps, multiply_float32, preactivations, previous_rows
 from gradkernels.triton.lstm.time_stats import record_steps
 from gradkernels.triton.probe import probe_each
 
@@ -32,8 +32,9 @@ class Part:
     y: torch.Tensor
     gates: torch.Tensor
     cells: torch.Tensor
-    at_once: int = 1  # persistent recurrences between which the device is divided
-    # Of the backward recurrence: what arrives; dh and dc in float32 (float64), with spans the carry between them; what is left.
+    num_concurrent: int = 1  # persistent recurrences between which the device is divided
+    # Of the backward recurrence: what arrives; dh and dc in float32 (float64), with chunks the carry between them; what is
+    # left.
     dy: torch.Tensor | None = None
     state: tuple[torch.Tensor, ...] = ()
     dx: torch.Tensor | None = None
@@ -45,9 +46,9 @@ class Part:
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = self.weights
         whole, rows, (h, c) = (begin, end) == (0, len(self.steps.sizes)), self.rows(begin, end), self.before(begin)
         steps = self.steps if whole else Steps.of(self.steps.sizes[begin:end], self.steps.B, reverse=False)
-        bias = None if bias_ih is None else widen(bias_ih) + widen(bias_hh)
+        bias = None if bias_ih is None else upcast(bias_ih) + upcast(bias_hh)
         gates = preactivations(self.x[rows], weight_ih, bias, out=self.gates[rows])
-        recurrence_forward(steps, gates, weight_hh, weight_hr, h, c, self.y[rows], self.cells[rows], self.at_once)
+        recurrence_forward(steps, gates, weight_hh, weight_hr, h, c, self.y[rows], self.cells[rows], self.num_concurrent)
 
     def receive(self, dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, inputs: bool) -> None:
         """What the backward recurrence begins with: dy (rows, P), contiguous, dh_n and dc_n; room for dx where `inputs`."""
@@ -65,29 +66,29 @@ class Part:
         gates, cells = self.gates[rows], self.cells[rows]
         if (begin, end) == (0, T):
             args = (self.dy, *self.state, weight_hh, weight_hr, c0, gates, cells, telemetry)
-            self.result = recurrence_backward(self.steps, *args, self.at_once)
+            self.result = recurrence_backward(self.steps, *args, self.num_concurrent)
         else:
             dy, left = None if self.dy is None else self.dy[rows], self.result
             sums = (left.partials[begin:end], left.exponents[begin:end]) if telemetry else (None, None)
             outputs = (left.dgates[rows], *sums)
             args = (dy, self.state, weight_hh, c0, gates, cells, outputs)
-            recurrence_backward_chunk(*args, end < T, begin > 0, self.at_once)
+            recurrence_backward_chunk(*args, end < T, begin > 0, self.num_concurrent)
         if self.dx is not None:
             torch.mm(self.result.dgates[rows], weight_ih, out=self.dx[rows])
 
     def multiply(self) -> None:
         """dweight_ih, dweight_hh, dbias, dweight_hr, after the backward recurrence: products over the rows of all steps."""
         dg, dtype = self.result.dgates, self.x.dtype
-        dweight_ih = multiply_wide(dg.t(), self.x).to(dtype)
-        dweight_hh = multiply_wide(dg.t(), previous_rows(self.steps, self.y, self.h0)).to(dtype)
+        dweight_ih = multiply_float32(dg.t(), self.x).to(dtype)
+        dweight_hh = multiply_float32(dg.t(), previous_rows(self.steps, self.y, self.h0)).to(dtype)
         dbias, dweight_hr = dg.sum(0) if self.weights[2] is not None else None, None
         if self.result.dh_total is not None:
             m = (self.gates[:, -self.cells.shape[1] :] * self.cells.tanh()).to(dtype)
-            dweight_hr = multiply_wide(self.result.dh_total.t(), m).to(dtype)
+            dweight_hr = multiply_float32(self.result.dh_total.t(), m).to(dtype)
         self.of_weights = (dweight_ih, dweight_hh, dbias, dweight_hr)
 
     def record(self, stats: torch.Tensor | None, time_stats: torch.Tensor | None) -> None:
-        """What the backward recurrence has measured, and the statistics of all gradients that are there, in the order of PORTS."""
+        """What the recurrence has measured, and the statistics of all gradients that are there, in the order of PORTS."""
         if time_stats is not None:
             record_steps(self.steps, self.result, self.c0.shape[1], time_stats)
         probe_each(stats, self.dy, self.dx, *self.of_weights)
@@ -97,19 +98,19 @@ class Part:
         return slice(self.steps.first[begin], self.steps.first[end])
 
     def before(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """h, and c in float32 (float64), with which the forward pass comes to step `begin`; to a recurrence of all steps with 0."""
+        """h, and c in float32 (float64), with which the forward pass comes to step `begin`."""
         if begin == 0:
-            return self.h0, widen(self.c0).contiguous()
+            return self.h0, upcast(self.c0).contiguous()
         rows = self.rows(begin - 1, begin)
         return self.y[rows], self.cells[rows]
 
 
 @dataclass
 class Call:
-    """A pass of a call. spans: (begin, end) of each, of which there is one where layers do not run concurrently."""
+    """A pass of a call. chunks: (begin, end) of each, of which there is one where layers do not run concurrently."""
 
     stack: Stack
-    spans: list[tuple[int, int]]
+    chunks: list[tuple[int, int]]
     parts: list[Part]
     masks: list[torch.Tensor]  # what dropout keeps of the output of each layer but the last, (rows, directions P), bool
 
@@ -130,7 +131,7 @@ class Call:
         self.drop(layer - 1, part.x[rows], rows)
 
     def backward(self, index: int, begin: int, end: int) -> None:
-        """A part's backward recurrence through a span, with dy from the layer above."""
+        """A part's backward recurrence through a chunk, with dy from the layer above."""
         (layer, direction), part = divmod(index, self.stack.directions), self.parts[index]
         above = self.layer(layer + 1)
         if above and part.dy is not above[0].dx:

@@ -113,17 +113,17 @@ def recurrence_forward(
     c0: torch.Tensor,
     y: torch.Tensor,
     cells: torch.Tensor,
-    at_once: int = 1,
+    num_concurrent: int = 1,
 ) -> None:
     """Fills y (rows, P) and cells (rows, H), and activates gates (rows, 4H), on entry the preactivations of x with biases.
 
     h0 (B, P) and y, the weights too, are in x's dtype: a step's h is rounded to it before the next. c0, cells and gates are
-    float32 (float64). In one launch where a persistent kernel takes the case, beside `at_once` - 1 others like it.
+    float32 (float64). In one launch where a persistent kernel takes the case, beside `num_concurrent` - 1 others like it.
     """
     weight_hh, h0 = weight_hh.contiguous(), h0.contiguous()
     weight_hr = None if weight_hr is None else weight_hr.contiguous()
-    if persistent.takes(steps, y, weight_hr, c0.shape[1], False, at_once):
-        persistent.recurrence_forward(steps, gates, weight_hh, h0, c0, y, cells, at_once)
+    if persistent.takes(steps, y, weight_hr, c0.shape[1], False, num_concurrent):
+        persistent.recurrence_forward(steps, gates, weight_hh, h0, c0, y, cells, num_concurrent)
         return
     args = (gates, weight_hh, weight_hr, aligned(h0), aligned(c0), y, cells)
     tf32 = uses_tf32(y.dtype)
@@ -144,7 +144,7 @@ def lstm_stepwise_fwd(
     reverse: bool,
     tf32: bool,
 ) -> None:
-    """The launches of a padded recurrence. They follow from these arguments' shapes: an op, of which a tiling can be made."""
+    """The launches of a padded recurrence: an op, for they follow from its arguments' shapes and can be captured."""
     steps = Steps.padded(gates.shape[0], h0.shape[0], reverse)
     launch_forward(steps, gates, weight_hh, weight_hr, h0, c0, y, cells, tf32)
 
@@ -167,10 +167,10 @@ def launch_forward(
     unit_blocks, output_blocks = -(-H // tile["BLOCK_N"]), -(-P // tile["BLOCK_N"])
     launches = []
     for t in steps.order:
-        first, size, continued = steps.first[t], steps.sizes[t], steps.continued(t)
-        groups = [(y, cells, steps.first[steps.previous(t)], 0, continued)] if continued else []
-        if size > continued:
-            groups.append((h0, c0, continued, continued, size - continued))
+        first, size, rows_with_predecessor = steps.first[t], steps.sizes[t], steps.rows_with_predecessor(t)
+        groups = [(y, cells, steps.first[steps.previous(t)], 0, rows_with_predecessor)] if rows_with_predecessor else []
+        if size > rows_with_predecessor:
+            groups.append((h0, c0, rows_with_predecessor, rows_with_predecessor, size - rows_with_predecessor))
         for h, c, source, offset, count in groups:
             out, out_first = (y, first + offset) if m is None else (m, offset)
             args = (h, c, weight_hh, gates, cells, out, source, first + offset, out_first, count)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gradkernels.ops._steps import rows_of, step_sizes
-from gradkernels.ops.layer_norm import widen
+from gradkernels.ops._steps import rows_of, rows_per_step
+from gradkernels.ops.layer_norm import upcast
 from gradkernels.triton.launch_cache import register
 from gradkernels.triton.lstm.direction import Part
 from gradkernels.triton.lstm.sequence import Steps, last_rows
@@ -27,8 +27,8 @@ def lstm_layer_fwd(
 
     c is carried in float32, h in x's dtype, in which tensor cores multiply.
     """
-    steps = Steps.of(step_sizes(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
-    rows, wide = rows_of(x), widen(c0[:0])
+    steps = Steps.of(rows_per_step(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
+    rows, wide = rows_of(x), upcast(c0[:0])
     y = x.new_empty(len(rows), h0.shape[1])
     gates, cells = (wide.new_empty(len(rows), n) for n in (len(weight_hh), c0.shape[1]))
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
@@ -63,7 +63,7 @@ def lstm_layer_bwd(
 
     dG is rounded to x's dtype for the products after the recurrence; what is carried from step to step is not.
     """
-    steps = Steps.of(step_sizes(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
+    steps = Steps.of(rows_per_step(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
     of_part = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
     part = Part(steps, of_part, rows_of(x), h0, c0, rows_of(y), gates, cells)
     part.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, inputs)

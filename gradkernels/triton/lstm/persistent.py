@@ -23,15 +23,15 @@ OPS = torch.ops.gradkernels  # lstm_recurrence_fwd and lstm_recurrence_bwd are d
 
 
 def tiling_of(
-    y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int, at_once: int = 1
+    y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, B: int, num_concurrent: int = 1
 ) -> tuple[int, int]:
-    """(programs, predicted cycles of a step) of the persistent recurrence over tensors like `y`, as one of `at_once` such recurrences
-    between which the device is divided. (0, 0) where there is no such kernel, or it does not fit.
+    """(programs, predicted cycles of a step) of the persistent recurrence over tensors like `y`, as one of `num_concurrent`
+    such recurrences between which the device is divided. (0, 0) where there is no such kernel, or it does not fit.
     """
     taken = y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and weight_hr is None and B * H > 0
     if _C_cuda is None or not taken:
         return 0, 0
-    return on_device(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward, at_once)
+    return on_device(y.device.index, B, H, str(y.dtype).removeprefix("torch."), backward, num_concurrent)
 
 
 @lru_cache(maxsize=1024)
@@ -40,11 +40,11 @@ def on_device(*case: Any) -> tuple[int, int]:
     return tuple(_C_cuda.recurrence_on_device(*case))
 
 
-def takes(steps: Steps, y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, at_once: int) -> bool:
-    """Whether the persistent kernels take a recurrence: not into a CUDA graph, to which the sizes of packed steps cannot be sent."""
+def takes(steps: Steps, y: torch.Tensor, weight_hr: torch.Tensor | None, H: int, backward: bool, num_concurrent: int) -> bool:
+    """Whether a persistent kernel takes a recurrence: not into a CUDA graph, to which batch_sizes cannot be sent."""
     if steps.batch_sizes is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    return tiling_of(y, weight_hr, H, backward, steps.B, at_once)[0] > 0
+    return tiling_of(y, weight_hr, H, backward, steps.B, num_concurrent)[0] > 0
 
 
 def recurrence_forward(
@@ -55,10 +55,10 @@ def recurrence_forward(
     c0: torch.Tensor,
     y: torch.Tensor,
     cells: torch.Tensor,
-    at_once: int,
+    num_concurrent: int,
 ) -> None:
     """Activates gates, fills y and cells."""
-    OPS.lstm_recurrence_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, at_once)
+    OPS.lstm_recurrence_fwd(gates, weight_hh, h0, c0, y, cells, steps.batch_sizes, steps.reverse, num_concurrent)
 
 
 def recurrence_backward(
@@ -72,14 +72,16 @@ def recurrence_backward(
     cells: torch.Tensor,
     dgates: torch.Tensor,
     telemetry: bool,
-    at_once: int,
+    num_concurrent: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(partials, exponents), None without telemetry: dgates filled, dh0 and dc0 in dh and dc."""
-    (programs, _), T = tiling_of(dgates, None, c0.shape[1], True, steps.B, at_once), len(steps.sizes)
+    (programs, _), T = tiling_of(dgates, None, c0.shape[1], True, steps.B, num_concurrent), len(steps.sizes)
     partials = dc.new_zeros(T, programs, NUM_SUMS.value, dtype=torch.float64) if telemetry else None
     exponents = torch.zeros(T, dtype=torch.int32, device=dc.device) if telemetry else None
     outputs, order = (dgates, partials, exponents), (steps.batch_sizes, steps.reverse)
-    OPS.lstm_recurrence_bwd(dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, None, False, False, *order, at_once)
+    OPS.lstm_recurrence_bwd(
+        dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, None, False, False, *order, num_concurrent
+    )
     return partials, exponents
 
 
@@ -91,17 +93,30 @@ def recurrence_backward_chunk(
     gates: torch.Tensor,
     cells: torch.Tensor,
     outputs: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    resumes: bool,
-    pauses: bool,
-    at_once: int,
+    continues_from: bool,
+    continues_to: bool,
+    num_concurrent: int,
 ) -> None:
     """recurrence_backward through some steps, with those after it run before: where persistent kernels take the case.
 
-    state: dh, dc, and the carry (programs, 2) int32 with which they pass from span to span. outputs: dgates, partials,
-    exponents. `resumes`: not the last span of the sequence; `pauses`: not the first. All but the state of these steps alone;
-    bits are those of one recurrence.
+    state: dh, dc, and the carry (programs, 2) int32 with which they pass from chunk to chunk. outputs: dgates, partials,
+    exponents. `continues_from`: not the last chunk of the sequence; `continues_to`: not the first. All but the state of these
+    steps alone; bits are those of one recurrence.
     """
-    dh, dc, carry = state
+    dh, dc, carried_state = state
     OPS.lstm_recurrence_bwd(
-        dy, dh, dc, weight_hh.contiguous(), c0, gates, cells, *outputs, carry, resumes, pauses, None, False, at_once
+        dy,
+        dh,
+        dc,
+        weight_hh.contiguous(),
+        c0,
+        gates,
+        cells,
+        *outputs,
+        carried_state,
+        continues_from,
+        continues_to,
+        None,
+        False,
+        num_concurrent,
     )

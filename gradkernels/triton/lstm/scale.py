@@ -51,41 +51,41 @@ def power_of_two(exponent, dtype: tl.constexpr):
 
 
 @triton.jit
-def choose_exponent(exponent, largest, incoming, dtype: tl.constexpr):
+def choose_exponent(exponent, max_abs, external_max, dtype: tl.constexpr):
     """The exponent of a step's scale, from that of the step after, the largest magnitude carried there, and what comes in.
 
     Within 2^-EXPONENT_RANGE to 2^EXPONENT_RANGE nothing changes. A gradient that has vanished is scaled up; one that comes in
     beside it keeps the scale so small that it fits.
     """
     limit: tl.constexpr = max_exponent(dtype)
-    power = exponent_of(largest)
+    power = exponent_of(max_abs)
     wanted = tl.where(
         (power < -EXPONENT_RANGE) | (power > EXPONENT_RANGE),
         tl.maximum(0, tl.minimum(exponent - power, exponent + limit)),
         exponent,
     )
-    wanted = tl.where((largest > 0) & (largest < float("inf")), wanted, 0)
-    most = tl.where(tl.abs(incoming) < float("inf"), tl.minimum(limit, -exponent_of(incoming) + EXPONENT_RANGE), 0)
-    return tl.where(incoming != 0, tl.maximum(0, tl.minimum(wanted, most)), wanted)
+    wanted = tl.where((max_abs > 0) & (max_abs < float("inf")), wanted, 0)
+    most = tl.where(tl.abs(external_max) < float("inf"), tl.minimum(limit, -exponent_of(external_max) + EXPONENT_RANGE), 0)
+    return tl.where(external_max != 0, tl.maximum(0, tl.minimum(wanted, most)), wanted)
 
 
 @triton.jit
-def load_scale(exponents_ptr, largest_ptr, incoming_ptr, t, after, num_programs, BLOCK: tl.constexpr):
+def load_scale(exponents_ptr, max_abs_ptr, external_max_ptr, t, after, num_programs, BLOCK: tl.constexpr):
     """(exponent of step t, by how much it is above that of the step after; factors of what comes in, of what is written, and
     of what leaves the time loop).
 
-    `largest` (steps, programs) holds what each program of the step after saw, `incoming` (steps) the largest magnitude that
+    `max_abs` (steps, programs) holds what each program of the step after saw, `external_max` (steps) the largest magnitude that
     comes from outside. There is no step after where after < 0.
     """
-    dtype: tl.constexpr = incoming_ptr.dtype.element_ty
+    dtype: tl.constexpr = external_max_ptr.dtype.element_ty
     before = tl.load(exponents_ptr + after, after >= 0, other=0)
-    incoming = tl.load(incoming_ptr + t)
+    external_max = tl.load(external_max_ptr + t)
     peak, count = tl.zeros([BLOCK], dtype), tl.where(after >= 0, num_programs, 0)
     for begin in range(0, count, BLOCK):
         program = begin + tl.arange(0, BLOCK)
-        seen = tl.load(largest_ptr + after.to(tl.int64) * num_programs + program, program < count, other=0.0)
+        seen = tl.load(max_abs_ptr + after.to(tl.int64) * num_programs + program, program < count, other=0.0)
         peak = tl.maximum(peak, seen)
-    largest = tl.where(after >= 0, tl.max(peak, 0), incoming)
-    exponent = choose_exponent(before, largest, incoming, dtype)
-    into = tl.where(exponent <= max_exponent(dtype), power_of_two(exponent, dtype), 0.0)
-    return exponent, exponent - before, into, power_of_two(-exponent, dtype), power_of_two(-before, dtype)
+    max_abs = tl.where(after >= 0, tl.max(peak, 0), external_max)
+    exponent = choose_exponent(before, max_abs, external_max, dtype)
+    scale_in = tl.where(exponent <= max_exponent(dtype), power_of_two(exponent, dtype), 0.0)
+    return exponent, exponent - before, scale_in, power_of_two(-exponent, dtype), power_of_two(-before, dtype)

@@ -1,4 +1,4 @@
-"""What the recurrences of an LSTM layer know on the host: the rows of each step, the shape of a program, the products around."""
+"""What is known of a recurrence on the host: the rows of each step, the shape of a program, the products around it."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Steps:
         """The step that the forward pass takes before t; -1 or T where there is none."""
         return t - self.order.step
 
-    def continued(self, t: int) -> int:
+    def rows_with_predecessor(self, t: int) -> int:
         """How many rows of step t have a row in the step before; the others start from the initial state."""
         before = self.previous(t)
         return min(self.sizes[t], self.sizes[before]) if 0 <= before < len(self.sizes) else 0
 
-    def live(self, t: int) -> int:
+    def active_rows(self, t: int) -> int:
         """How many rows of step t have a row in the step after; the other sequences end at t."""
         after = t + self.order.step
         return min(self.sizes[t], self.sizes[after]) if 0 <= after < len(self.sizes) else 0
@@ -70,8 +70,11 @@ def previous_rows(steps: Steps, rows: torch.Tensor, initial: torch.Tensor) -> to
     pieces = []
     for begin, end in steps.runs():
         size, starts = steps.sizes[begin], end if steps.reverse else begin
-        source, continued = steps.first[steps.previous(starts)] if steps.continued(starts) else 0, steps.continued(starts)
-        outside = [rows[source : source + continued], initial[continued:size]]
+        source, rows_with_predecessor = (
+            steps.first[steps.previous(starts)] if steps.rows_with_predecessor(starts) else 0,
+            steps.rows_with_predecessor(starts),
+        )
+        outside = [rows[source : source + rows_with_predecessor], initial[rows_with_predecessor:size]]
         if steps.reverse:
             pieces += [rows[steps.first[begin + 1] : steps.first[end + 1]] if end > begin else rows[:0], *outside]
         else:
@@ -84,7 +87,7 @@ def last_rows(steps: Steps, rows: torch.Tensor) -> torch.Tensor:
     if steps.reverse:
         return rows[: steps.B]
     ends = reversed([end for _, end in steps.runs()])
-    return torch.cat([rows[steps.first[t] + steps.live(t) : steps.first[t] + steps.sizes[t]] for t in ends])
+    return torch.cat([rows[steps.first[t] + steps.active_rows(t) : steps.first[t] + steps.sizes[t]] for t in ends])
 
 
 def tile_of(dtype: torch.dtype, H: int, P: int) -> dict[str, int]:
@@ -113,7 +116,7 @@ def aligned(t: torch.Tensor) -> torch.Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def multiply_wide(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def multiply_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a b, added up and given back in float32 (float64). PyTorch has that for 16-bit dtypes on GPUs alone."""
     if a.dtype.itemsize > 2:
         return torch.mm(a, b, out=out)
@@ -128,5 +131,5 @@ def preactivations(
     """x weight^T + bias in float32 (float64); bias is in that already."""
     if bias is not None and x.dtype is bias.dtype:
         return torch.addmm(bias, x, weight.t(), out=out)
-    product = multiply_wide(x, weight.t(), out)
+    product = multiply_float32(x, weight.t(), out)
     return product if bias is None else product.add_(bias)

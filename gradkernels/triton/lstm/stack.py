@@ -1,7 +1,8 @@
 """A stack of LSTM layers on a GPU, its recurrences at the same time: one autograd node above the layers' kernels.
 
 The two directions of a layer know nothing of each other: each runs on a stream of its own. Layers of one direction follow
-one another in spans of time: while a layer runs through one, the layer above runs through the one before. Persistent recurrences
+one another in chunks of time: while a layer runs through one, the layer above runs through the one before. Persistent
+recurrences
 are then tiled for half of the device each. None waits for another one to be resident, so that where the driver does not run
 two at once it runs them in turn. Results and statistics are those of one layer after the other, but for rounding.
 """
@@ -19,8 +20,8 @@ import torch
 from torch.autograd import Function, forward_ad
 
 from gradkernels.library import LIBRARY, autocast_off
-from gradkernels.ops._steps import rows_of, step_sizes
-from gradkernels.ops.layer_norm import widen
+from gradkernels.ops._steps import rows_of, rows_per_step
+from gradkernels.ops.layer_norm import upcast
 from gradkernels.ops.lstm import Stack, sequential
 from gradkernels.ops.lstm_layer import check_layer
 from gradkernels.triton.lstm.backward import BackwardResult
@@ -28,10 +29,10 @@ from gradkernels.triton.lstm.direction import Call, Part
 from gradkernels.triton.lstm.gates import NUM_SUMS
 from gradkernels.triton.lstm.persistent import tiling_of
 from gradkernels.triton.lstm.sequence import Steps, last_rows
-from gradkernels.triton.lstm.streams import Lanes
+from gradkernels.triton.lstm.streams import StreamGroup
 
-SPAN = 128  # steps at least: beside them it is little that every launch loads W_hh anew
-MOST_SPANS = 8
+CHUNK_STEPS = 128  # steps at least: beside them it is little that every launch loads W_hh anew
+MAX_CHUNKS = 8
 
 
 def concurrent(
@@ -41,8 +42,8 @@ def concurrent(
     or transforms what runs.
     """
     schedules = schedules_of(stack, x, h0, c0, weights)
-    in_spans = any(len(schedule.spans) > 1 for schedule in schedules)
-    if not schedules or not (stack.bidirectional or in_spans):
+    in_chunks = any(len(schedule.chunks) > 1 for schedule in schedules)
+    if not schedules or not (stack.bidirectional or in_chunks):
         return sequential(stack, x, h0, c0, weights)
     return _Concurrent.apply(stack, schedules, stack.batch_sizes, x, h0, c0, *weights)
 
@@ -70,26 +71,26 @@ def schedules_of(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a pass goes through a stack: the spans of time, (begin, end), in which layers follow one another, one of all steps
+    """How a pass goes through a stack: the chunks of time, (begin, end), in which layers follow one another, one of all steps
     where they do not run concurrently; and the number of persistent recurrences between which the device is divided.
     """
 
-    spans: list[tuple[int, int]]
-    at_once: int
+    chunks: list[tuple[int, int]]
+    num_concurrent: int
 
 
 def schedule_of(
     stack: Stack, x: torch.Tensor, h0: torch.Tensor, weights: list[torch.Tensor | None], backward: bool
 ) -> Schedule:
-    """Two recurrences at the same time, each on half of the device, where that is predicted to take less time than one after the other.
+    """Two recurrences at the same time, each on half of the device, where that is predicted to take less time in all.
 
     More layers than two take turns on the halves: at most two of their chunks run at a time.
     """
     T, L = len(x) if stack.batch_sizes is None else len(stack.batch_sizes), stack.num_layers
     _, weight_hh, _, _, weight_hr = weights
     case = (x, weight_hr, weight_hh.shape[1], backward, h0.shape[1])
-    (_, alone), (programs, beside) = tiling_of(*case), tiling_of(*case, at_once=2)
-    count = min(MOST_SPANS, T // SPAN) if programs and stack.batch_sizes is None and stack.directions == 1 else 1
+    (_, alone), (programs, beside) = tiling_of(*case), tiling_of(*case, num_concurrent=2)
+    count = min(MAX_CHUNKS, T // CHUNK_STEPS) if programs and stack.batch_sizes is None and stack.directions == 1 else 1
     if count < 2 or max(count + L - 1, count * L // 2 + 1) * beside >= count * L * alone:
         count = 1
     halves = count > 1 or (stack.directions == 2 and programs and beside < 2 * alone)
@@ -101,7 +102,7 @@ def call_of(stack: Stack, schedule: Schedule, tensors: Sequence[torch.Tensor], s
     x, h0, c0, *weights = tensors
     outputs, others = saved[: 3 * stack.layer_directions], saved[3 * stack.layer_directions :]
     masks, inputs = (others[: stack.num_layers - 1], others[stack.num_layers - 1 :]) if stack.dropout else ((), others)
-    sizes, rows, parts = step_sizes(x, h0[0], stack.batch_sizes), rows_of(x), []
+    sizes, rows, parts = rows_per_step(x, h0[0], stack.batch_sizes), rows_of(x), []
     for index in range(stack.layer_directions):
         layer, direction = divmod(index, stack.directions)
         if layer and not direction:
@@ -109,8 +110,8 @@ def call_of(stack: Stack, schedule: Schedule, tensors: Sequence[torch.Tensor], s
         steps = Steps.of(sizes, h0.shape[1], direction == 1, stack.batch_sizes)
         y, gates, cells = outputs[3 * index : 3 * index + 3]
         own = stack.weights_of(weights, index)
-        parts.append(Part(steps, own, rows, h0[index], c0[index], rows_of(y), gates, cells, schedule.at_once))
-    return Call(stack, schedule.spans, parts, list(masks))
+        parts.append(Part(steps, own, rows, h0[index], c0[index], rows_of(y), gates, cells, schedule.num_concurrent))
+    return Call(stack, schedule.chunks, parts, list(masks))
 
 
 def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, reuse: bool) -> list[torch.Tensor]:
@@ -118,7 +119,7 @@ def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
 
     reuse: nobody looks at gates later, and a layer is done before the one above begins: two layers' room is enough for them.
     """
-    num_rows, P, H, wide = rows_of(x).shape[0], h0.shape[2], c0.shape[2], widen(c0[:0]).dtype
+    num_rows, P, H, wide = rows_of(x).shape[0], h0.shape[2], c0.shape[2], upcast(c0[:0]).dtype
     shapes = (((*x.shape[:-1], P), x.dtype), ((num_rows, 4 * H), wide), ((num_rows, H), wide))
     saved = []
     for index in range(stack.layer_directions):
@@ -136,32 +137,32 @@ def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
 def forward_pass(call: Call) -> None:
     """The forward pass of all parts."""
     directions = call.stack.directions
-    with Lanes(call.parts[0].x.device, len(call.parts)) as lanes:
-        for span in call.spans:
+    with StreamGroup(call.parts[0].x.device, len(call.parts)) as streams:
+        for chunk in call.chunks:
             after = []
             for layer in range(call.stack.num_layers):
                 first, parts = layer * directions, call.layer(layer)
                 if layer and parts[0].x is not call.parts[first - 1].y:
-                    after = [lanes.run(first, partial(call.join, layer, *span), after)]
-                after = [lanes.run(first + k, partial(part.forward, *span), after) for k, part in enumerate(parts)]
+                    after = [streams.run(first, partial(call.join, layer, *chunk), after)]
+                after = [streams.run(first + k, partial(part.forward, *chunk), after) for k, part in enumerate(parts)]
 
 
 def backward_pass(call: Call, active: list[int], of_weights: list[bool]) -> None:
     """The backward pass of the parts in `active`, for which `prepare` has been called."""
     directions = call.stack.directions
-    with Lanes(call.parts[0].x.device, len(call.parts)) as lanes:
-        for span in reversed(call.spans):
+    with StreamGroup(call.parts[0].x.device, len(call.parts)) as streams:
+        for chunk in reversed(call.chunks):
             done = {}
             for index in reversed(active):
                 above = range((index // directions + 1) * directions, (index // directions + 2) * directions)
                 after = [done[other] for other in above if other in done]
-                done[index] = lanes.run(index, partial(call.backward, index, *span), after)
+                done[index] = streams.run(index, partial(call.backward, index, *chunk), after)
         for index in active:
             if of_weights[index]:
-                lanes.run(index, call.parts[index].multiply)
+                streams.run(index, call.parts[index].multiply)
     for part in call.parts:
         result = () if part.result is None else (part.result.partials, part.result.exponents)
-        lanes.hand_over(*result, *part.of_weights)
+        streams.hand_over(*result, *part.of_weights)
 
 
 def prepare(
@@ -175,9 +176,9 @@ def prepare(
     elif dy is not None:
         dy = rows_of(dy)[:, direction * P : (direction + 1) * P].contiguous()
     part.receive(dy, *(None if d is None else d[index] for d in (dh_n, dc_n)), inputs)
-    if len(call.spans) == 1:
+    if len(call.chunks) == 1:
         return
-    programs, _ = tiling_of(part.y, None, part.c0.shape[1], True, part.steps.B, part.at_once)
+    programs, _ = tiling_of(part.y, None, part.c0.shape[1], True, part.steps.B, part.num_concurrent)
     T, new = len(part.steps.sizes), part.cells.new_zeros
     part.state = (*part.state, new(programs, 2, dtype=torch.int32))
     sums = (None, None)
@@ -218,7 +219,7 @@ class _Concurrent(Function):
     ) -> tuple[torch.Tensor, ...]:
         x = tensors[0]
         with below(x):
-            saved = saved_for(stack, *tensors[:3], reuse=len(schedules) == len(schedules[0].spans) == 1)
+            saved = saved_for(stack, *tensors[:3], reuse=len(schedules) == len(schedules[0].chunks) == 1)
             call = call_of(stack, schedules[0], tensors, saved)
             forward_pass(call)
             ys = saved[3 * (stack.layer_directions - stack.directions) : 3 * stack.layer_directions : 3]

@@ -24,35 +24,35 @@ def streams_of(device: torch.device, count: int) -> list[torch.cuda.Stream]:
     return streams[:count]
 
 
-class Lanes:
+class StreamGroup:
     """Streams that begin after all work of the current one so far, and that the current one goes on after.
 
-    What a lane's work reads and writes must have been allocated before, or in that lane, and be kept until the end.
+    What what reads and writes must have been allocated before, or on that stream, and be kept until the end.
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.streams = streams_of(device, count)
         self.current = torch.cuda.current_stream(device)
 
-    def __enter__(self) -> Lanes:
+    def __enter__(self) -> StreamGroup:
         for stream in self.streams:
             stream.wait_stream(self.current)
         return self
 
-    def run(self, lane: int, work: Callable[[], None], after: Sequence[Any] = ()) -> Any:
-        """Does `work` in a lane, after what is in it already and after the works for which `after` was returned."""
+    def run(self, index: int, work: Callable[[], None], after: Sequence[Any] = ()) -> Any:
+        """Does `work` on a stream, after what is in it already and after the works for which `after` was returned."""
         for event in after:
-            self.streams[lane].wait_event(event)
-        with torch.cuda.stream(self.streams[lane]):
+            self.streams[index].wait_event(event)
+        with torch.cuda.stream(self.streams[index]):
             work()
-        return self.streams[lane].record_event()
+        return self.streams[index].record_event()
 
     def __exit__(self, *raised: object) -> None:
         for stream in self.streams:
             self.current.wait_stream(stream)
 
     def hand_over(self, *tensors: torch.Tensor | None) -> None:
-        """Tensors that were allocated in a lane may be used, and freed, on the current stream."""
+        """Tensors that were allocated on a stream may be used, and freed, on the current stream."""
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(self.current)

@@ -1,4 +1,4 @@
-"""What a backward recurrence has measured of every step, from its programs' sums into time_stats: one launch a run of equal steps."""
+"""What backward has measured of every step, from its programs' sums into time_stats: one launch per run of equal steps."""
 
 from __future__ import annotations
 

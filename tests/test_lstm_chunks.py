@@ -1,4 +1,4 @@
-"""A backward recurrence that is cut into spans of steps, one launch each, on the host: the same bits as in one launch."""
+"""A backward recurrence that is cut into chunks of steps, one launch each, on the host: the same bits as in one launch."""
 
 import itertools
 from ctypes import byref, c_int64
@@ -7,27 +7,27 @@ import pytest
 import torch
 from recurrence_on_host import DONE, DTYPES, Layer, Request, check_forward, gradients, pointer
 
-CUTS = (0, 1, 8, 9, 30)  # spans of several steps, and of one
+CUTS = (0, 1, 8, 9, 30)  # chunks of several steps, and of one
 
 
-def back_in_spans(layer, dy, dh_n, dc_n):
+def backward_in_chunks(layer, dy, dh_n, dc_n):
     """(dgates, dh0, dc0, partials, exponents) of launches for the steps between CUTS."""
     B, H = layer.B, layer.H
     programs = layer.tiling(True)["programs"]
-    dh, dc, carry = dh_n.clone(), dc_n.clone(), torch.full((programs, 2), -7, dtype=torch.int32)
+    dh, dc, carried_state = dh_n.clone(), dc_n.clone(), torch.full((programs, 2), -7, dtype=torch.int32)
     dgates, partials = torch.empty_like(layer.dgates), torch.empty_like(layer.partials)
     exponents = torch.empty_like(layer.exponents)
-    spans = list(itertools.pairwise(CUTS))
-    spans = spans if layer.reverse else spans[::-1]
-    for k, (begin, end) in enumerate(spans):
+    chunks = list(itertools.pairwise(CUTS))
+    chunks = chunks if layer.reverse else chunks[::-1]
+    for k, (begin, end) in enumerate(chunks):
         request = Request.from_buffer_copy(layer.request)
         request.T = end - begin
         rows = slice(begin * B, end * B)
-        before = (end * B if layer.reverse else (begin - 1) * B) if k < len(spans) - 1 else None
+        before = (end * B if layer.reverse else (begin - 1) * B) if k < len(chunks) - 1 else None
         c0 = layer.c0 if before is None else layer.cells[before : before + B]
         inputs = (layer.weight, dy[rows], c0, layer.gates[rows], layer.cells[rows])
-        outputs = (dh, dc, dgates[rows], partials[begin:end], exponents[begin:end], carry)
-        last = (k > 0, k < len(spans) - 1)
+        outputs = (dh, dc, dgates[rows], partials[begin:end], exponents[begin:end], carried_state)
+        last = (k > 0, k < len(chunks) - 1)
         assert layer.body.backward(byref(request), c_int64(request.T * B), *map(pointer, inputs + outputs), *last) == DONE
     assert tuple(t.shape for t in (dh, dc)) == ((B, H), (B, H))
     return dgates, dh, dc, partials, exponents
@@ -37,7 +37,7 @@ def back_in_spans(layer, dy, dh_n, dc_n):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 20), (9, 20), (9, 132)], ids=str)
 @pytest.mark.parametrize("vanishing", [False, True], ids=["", "vanishing"])
-def test_spans(body, shape, dtype, reverse, vanishing):
+def test_chunks(body, shape, dtype, reverse, vanishing):
     """Also where float32 would have lost the gradient at the first cut: its scale is passed on."""
     (B, H), T = shape, CUTS[-1]
     layer = Layer(body, B, H, [B] * T, dtype, reverse, gain=0.05 if vanishing else 1.0)
@@ -50,5 +50,5 @@ def test_spans(body, shape, dtype, reverse, vanishing):
     if vanishing:
         assert layer.exponents[0 if not reverse else -1] > 126
     whole = (layer.dgates, layer.dh, layer.dc, layer.partials, layer.exponents)
-    for found, expected in zip(back_in_spans(layer, dy, dh_n, dc_n), whole, strict=True):
+    for found, expected in zip(backward_in_chunks(layer, dy, dh_n, dc_n), whole, strict=True):
         assert torch.equal(found, expected)

@@ -67,7 +67,7 @@ def remove_hooks(module: nn.Module) -> None:
                 more.pop(key, None)
 
 
-class _Measuring(nn.Module):
+class FusedModule(nn.Module):
     """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each suffix of `parts`.
 
     TWIN: the torch.nn layer that computes the same of the same attributes, or None. For torch.fx a fused module is a leaf, as
@@ -84,7 +84,7 @@ class _Measuring(nn.Module):
         signature = inspect.signature(cls.__init__)  # not that of __new__
         cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Measuring:
+    def __new__(cls, *args: Any, **kwargs: Any) -> FusedModule:
         module = super().__new__(cls)
         module.__dict__["__module__"] = NAMESPACE
         return module
