@@ -26,8 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradkernels.telemetry import NUM_CELLS
-from gradkernels.triton import KERNELS, add_layer_norm, gelu, launch, layer_norm, probe, residual
+from gradkernels.telemetry import NUM_SLOTS
+from gradkernels.triton import KERNELS, launch
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "tables_triton.md"
@@ -176,18 +176,18 @@ def elements_a_thread(launch: Launch) -> int:
 def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
     """(what it is, op, arguments) of every op, dtype and width; telemetry off and on."""
     for on in (False, True):
-        make = lambda ports, on=on: torch.empty(ports, NUM_CELLS, 8, dtype=torch.float64, device="meta") if on else None  # noqa: E731
+        make = lambda ports, on=on: torch.empty(ports, NUM_SLOTS, 8, dtype=torch.float64, device="meta") if on else None  # noqa: E731
         for dtype in POINTWISE_DTYPES:
             x = torch.empty(M, 4096, dtype=dtype, device="meta")
             what = {"dtype": str(dtype).removeprefix("torch."), "columns": 4096, "telemetry": on}
             for tanh in (False, True):
                 name = {"op": "gelu tanh" if tanh else "gelu", **what}
-                yield name, gelu.gelu_bwd, (x, x, tanh, make(2))
+                yield name, KERNELS["gelu_bwd"], (x, x, tanh, make(2))
                 if not on:
-                    yield name, gelu.gelu_fwd, (x, tanh)
-            yield {"op": "residual", **what}, residual.residual_bwd, (x, x, make(3))
+                    yield name, KERNELS["gelu_fwd"], (x, tanh)
+            yield {"op": "residual", **what}, KERNELS["residual_bwd"], (x, x, make(3))
             if on:
-                yield {"op": "probe", **what}, probe.probe_bwd, (x, make(1), 0)
+                yield {"op": "probe", **what}, KERNELS["probe_bwd"], (x, make(1), 0)
         for dtype in NORM_DTYPES:
             for columns in NORM_COLUMNS:
                 x = torch.empty(M, columns, dtype=dtype, device="meta")
@@ -196,14 +196,14 @@ def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
                 what = {"dtype": str(dtype).removeprefix("torch."), "columns": columns, "telemetry": on}
                 yield (
                     {"op": "layer_norm", **what},
-                    layer_norm.layer_norm_bwd,
+                    KERNELS["layer_norm_bwd"],
                     (x, x, mean, mean, weight, weight, 1, True, make(4)),
                 )
                 last = (mean, mean, weight, weight, 1, dtype, True, True, make(5))
-                yield {"op": "add_layer_norm", **what}, add_layer_norm.add_layer_norm_bwd, (x, h, h, *last)
+                yield {"op": "add_layer_norm", **what}, KERNELS["add_layer_norm_bwd"], (x, h, h, *last)
                 if not on:
-                    yield {"op": "layer_norm", **what}, layer_norm.layer_norm_fwd, (x, weight, weight, 1, 1e-5)
-                    yield {"op": "add_layer_norm", **what}, add_layer_norm.add_layer_norm_fwd, (x, h, weight, weight, 1, 1e-5)
+                    yield {"op": "layer_norm", **what}, KERNELS["layer_norm_fwd"], (x, weight, weight, 1, 1e-5)
+                    yield {"op": "add_layer_norm", **what}, KERNELS["add_layer_norm_fwd"], (x, h, weight, weight, 1, 1e-5)
 
 
 def lstm_cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:

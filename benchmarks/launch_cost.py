@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import harness
 from gradkernels.library import _C
-from gradkernels.telemetry import NUM_CELLS
+from gradkernels.telemetry import NUM_SLOTS
 from gradkernels.triton import KERNELS
 from gradkernels.triton import launch_cache as cache
 
@@ -90,7 +90,7 @@ KEPT: list[torch.library.Library] = []
 def calls_of(python: dict[str, Callable], captured: dict[str, Callable]) -> Iterator[tuple[str, str, Calls]]:
     """(op, direction, {implementation: call}); ours with telemetry in the backward, which eager has not."""
     x, dy, weight, bias = (torch.randn(sizes, dtype=DTYPE) for sizes in (SHAPE, SHAPE, SHAPE[1:], SHAPE[1:]))
-    table = lambda ports: torch.zeros(ports, NUM_CELLS, 8, dtype=torch.float64)  # noqa: E731
+    table = lambda ports: torch.zeros(ports, NUM_SLOTS, 8, dtype=torch.float64)  # noqa: E731
 
     def variants(op: str, args: tuple, eager: Callable[[int], Callable]) -> Calls:
         return {

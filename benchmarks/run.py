@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from benchmarks import harness
 
-OPS = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell")
-MODULES = (*OPS, "row_lengths", "values", "watch", "step")
+MODULES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
 BASES = {"ratio_to_eager": "eager", "ratio_to_normal_values": "normal values"}
 
 

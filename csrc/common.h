@@ -1,4 +1,4 @@
-// What two or more ops share: the statistics cell, the choice of instruction set, and the split of work over threads.
+// What two or more ops share: the statistics slot, the choice of instruction set, and the split of work over threads.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -32,15 +32,15 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 // The instruction set torch itself uses on this CPU (ATEN_CPU_CAPABILITY overrides torch's choice, and so ours).
 Isa cpu_isa();
 
-// One cell of a statistics table: the columns of gradkernels/telemetry/fields.py, FIELDS, in that order. The square sum is
+// One slot of a statistics table: the columns of gradkernels/telemetry/fields.py, FIELDS, in that order. The square sum is
 // kept in three parts so that it neither underflows nor overflows for float64 (Blue 1978): the tiny part is of
 // elements below 2^-480, times 2^537 before they are squared; the huge part of elements above 2^480 and of those in the same
 // block, times 2^-537. Other dtypes use the middle alone.
-struct Cell {
+struct Slot {
   double numel = 0, observation_count = 0, square_sum = 0, square_sum_tiny = 0, square_sum_huge = 0, abs_max = 0,
          nonfinite_count = 0, zero_count = 0;
 
-  void merge(const Cell& other) {
+  void merge(const Slot& other) {
     numel += other.numel;
     observation_count += other.observation_count;
     square_sum += other.square_sum;
@@ -51,21 +51,20 @@ struct Cell {
     zero_count += other.zero_count;
   }
 };
-static_assert(sizeof(Cell) == NUM_FIELDS * sizeof(double), "a cell is one row of a float64 table");
+static_assert(sizeof(Slot) == NUM_FIELDS * sizeof(double), "a slot is one row of a float64 table");
 
-// Adds `cell` to cell 0 of row `port` of `stats` (ports, cells, NUM_FIELDS). Threads that share a table add to it in turn.
-inline void record(const Tensor& stats, int64_t port, const Cell& cell) {
+// Adds `slot` to slot 0 of row `port` of `stats` (ports, slots, NUM_FIELDS). Threads that share a table add to it in turn.
+inline void record(const Tensor& stats, int64_t port, const Slot& slot) {
   const std::lock_guard<std::mutex> lock(tables_mutex);
-  reinterpret_cast<Cell*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(cell);
+  reinterpret_cast<Slot*>(stats.data_ptr<double>() + port * stats.stride(0))->merge(slot);
 }
 
-// Adds the sums of one backward call, `programs` cells `stride` apart. The programs are added in their order, so equal work
+// Adds the sums of one backward call, `tasks` slots `stride` apart. The tasks are added in their order, so equal work
 // on equal threads gives equal bits.
-inline void record(const OptionalTensor& stats, int64_t port, const Cell* cells, int64_t stride, int64_t programs,
-                   int64_t numel) {
+inline void record(const OptionalTensor& stats, int64_t port, const Slot* slots, int64_t stride, int64_t tasks, int64_t numel) {
   if (!stats) return;
-  Cell total;
-  for (int64_t p = 0; p < programs; ++p) total.merge(cells[p * stride]);
+  Slot total;
+  for (int64_t p = 0; p < tasks; ++p) total.merge(slots[p * stride]);
   total.numel = static_cast<double>(numel);
   total.observation_count = 1;
   record(*stats, port, total);
@@ -91,18 +90,18 @@ void measure(const Tensor& gradient, const Tensor& stats, int64_t port);
 
 constexpr int64_t ELEMENTS_PER_THREAD = 16384;  // below this a second thread costs more than it saves
 
-// How many programs share `num_items` items of `item_size` elements: the same for the same work and thread count.
-inline int64_t num_programs(int64_t num_items, int64_t item_size) {
+// How many tasks share `num_items` items of `item_size` elements: the same for the same work and thread count.
+inline int64_t num_tasks(int64_t num_items, int64_t item_size) {
   const int64_t wanted = num_items * item_size / ELEMENTS_PER_THREAD;
   return std::max<int64_t>(1, std::min({wanted, num_items, usable_threads()}));
 }
 
-// Calls body(program, begin, end) for contiguous ranges of [0, num_items), on torch's own thread pool.
+// Calls body(task, begin, end) for contiguous ranges of [0, num_items), on torch's own thread pool.
 template <typename Body>
-void for_each_program(int64_t programs, int64_t num_items, const Body& body) {
-  if (programs == 1) return body(int64_t{0}, int64_t{0}, num_items);
-  at::parallel_for(0, programs, 1, [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) body(p, num_items * p / programs, num_items * (p + 1) / programs);
+void for_each_task(int64_t tasks, int64_t num_items, const Body& body) {
+  if (tasks == 1) return body(int64_t{0}, int64_t{0}, num_items);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) body(p, num_items * p / tasks, num_items * (p + 1) / tasks);
   });
 }
 

@@ -1,4 +1,4 @@
-// Launch cache: see launch_cache.h. Nothing here needs CUDA: a launch is a call of the driver's function by its address,
+// The launch cache: see launch_cache.h. Nothing here needs CUDA: a launch is a call of the driver's function by its address,
 // streams and devices are reached through c10's guards, memory through PyTorch's dispatcher.
 #include "launch_cache.h"
 
@@ -24,12 +24,11 @@ size_t HashKey::operator()(Key key) const {
 std::shared_ptr<const CapturedLaunches> LaunchCache::find(Key key) const {
   std::shared_lock lock(mutex_);
   const auto found = table_.find(key);
-  return found == table_.end() ? nullptr : found->second.captured;
+  return found == table_.end() ? nullptr : found->second.capture;
 }
 
-// The entry of `key`, under the lock. Where the table is full it is moved to `full`, to die after the lock: a captured
-// launches's end takes the GIL, which must not be waited for while holding a lock that a thread with the GIL may be waiting
-// for.
+// The entry of `key`, under the lock. Where the table is full it is moved to `full`, to die after the lock: the end of a
+// capture takes the GIL, which must not be waited for while holding a lock that a thread with the GIL may be waiting for.
 LaunchCache::Entry& LaunchCache::entry(Key key, Table& full) {
   auto found = table_.find(key);
   if (found == table_.end()) {
@@ -51,20 +50,20 @@ bool LaunchCache::should_capture(Key key) {
   return result;
 }
 
-void LaunchCache::keep(Key key, std::shared_ptr<const CapturedLaunches> captured) {
+void LaunchCache::keep(Key key, std::shared_ptr<const CapturedLaunches> capture) {
   Table full;
   std::unique_lock lock(mutex_);
   Entry& here = entry(key, full);
   here.captured = true;
-  if (captured) launches_ += captured->launches.size();
-  here.captured.swap(captured);
+  if (capture) launches_ += capture->launches.size();
+  here.capture.swap(capture);
   lock.unlock();
 }
 
 std::pair<size_t, size_t> LaunchCache::size() const {
   std::shared_lock lock(mutex_);
   size_t cache = 0;
-  for (const auto& [key, entry] : table_) cache += entry.captured != nullptr;
+  for (const auto& [key, entry] : table_) cache += entry.capture != nullptr;
   return {table_.size(), cache};
 }
 
@@ -139,20 +138,20 @@ void* stream_of(const c10::Device& device) {
   return device.is_cpu() ? nullptr : c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Does what the captured launches says. False, with nothing launched, where memory came without the alignment kernels were
+// Does what the capture says. False, with nothing launched, where memory came without the alignment kernels were
 // compiled for.
-bool replay(const CapturedLaunches& captured, Call& call, const std::string& op, std::vector<Tensor>& outputs) {
+bool replay(const CapturedLaunches& capture, Call& call, const std::string& op, std::vector<Tensor>& outputs) {
   const c10::Device device = call.first->device();
   const c10::DeviceGuard guard(device);
   c10::SmallVector<Tensor, 8> allocations;
-  for (const auto& [sizes, strides, dtype] : captured.allocations) {
+  for (const auto& [sizes, strides, dtype] : capture.allocations) {
     allocations.push_back(at::empty_strided(sizes, strides, at::TensorOptions().dtype(dtype).device(device)));
     call.starts.push_back(static_cast<char*>(allocations.back().data_ptr()));
     if (reinterpret_cast<uintptr_t>(call.starts.back()) % 16) return false;
   }
-  void* const stream = captured.launches.empty() ? nullptr : stream_of(device);
+  void* const stream = capture.launches.empty() ? nullptr : stream_of(device);
   const LaunchFunction function = launch_function.load(std::memory_order_relaxed);
-  for (const Launch& launch : captured.launches) {
+  for (const Launch& launch : capture.launches) {
     c10::SmallVector<uint64_t, 32> values;
     c10::SmallVector<void*, 32> pointers;
     for (const auto& [tensor, value] : launch.parameters)
@@ -163,7 +162,7 @@ bool replay(const CapturedLaunches& captured, Call& call, const std::string& op,
         function(launch.function, x, y, z, launch.threads, 1, 1, launch.shared_bytes, stream, pointers.data(), nullptr);
     TORCH_CHECK(code == 0, op, ": launching ", launch.kernel, " failed with the driver's error ", code);
   }
-  for (const size_t index : captured.outputs) outputs.push_back(allocations[index]);
+  for (const size_t index : capture.outputs) outputs.push_back(allocations[index]);
   return true;
 }
 
@@ -178,26 +177,26 @@ std::shared_ptr<PyObject> own(py::object object) {
 
 // The captured launches that gradkernels/triton/launch_cache.py describes.
 std::shared_ptr<const CapturedLaunches> launches_from(const py::tuple& description, size_t num_arguments) {
-  auto captured = std::make_shared<CapturedLaunches>();
+  auto capture = std::make_shared<CapturedLaunches>();
   using Parameters = std::vector<std::pair<int64_t, uint64_t>>;
   using Row = std::tuple<std::string, uint64_t, std::array<unsigned, 3>, unsigned, unsigned, Parameters>;
   for (auto& [sizes, strides, dtype] :
        description[0].cast<std::vector<std::tuple<std::vector<int64_t>, std::vector<int64_t>, at::ScalarType>>>())
-    captured->allocations.push_back({std::move(sizes), std::move(strides), dtype});
-  const int64_t num_tensors = static_cast<int64_t>(num_arguments + captured->allocations.size());
+    capture->allocations.push_back({std::move(sizes), std::move(strides), dtype});
+  const int64_t num_tensors = static_cast<int64_t>(num_arguments + capture->allocations.size());
   for (auto& [kernel, function, grid, threads, shared_bytes, parameters] : description[1].cast<std::vector<Row>>()) {
     Launch launch{std::move(kernel), reinterpret_cast<void*>(function), grid, threads, shared_bytes, {}};
     for (const auto& [tensor, value] : parameters) {
       TORCH_INTERNAL_ASSERT(tensor >= Parameter::LITERAL && tensor < num_tensors);
       launch.parameters.push_back({tensor, value});
     }
-    captured->launches.push_back(std::move(launch));
+    capture->launches.push_back(std::move(launch));
   }
-  captured->outputs = description[2].cast<std::vector<size_t>>();
-  for (const size_t index : captured->outputs) TORCH_INTERNAL_ASSERT(index < captured->allocations.size());
-  TORCH_INTERNAL_ASSERT(captured->launches.empty() || launch_function.load());
-  captured->kernels = own(description[3]);
-  return captured;
+  capture->outputs = description[2].cast<std::vector<size_t>>();
+  for (const size_t index : capture->outputs) TORCH_INTERNAL_ASSERT(index < capture->allocations.size());
+  TORCH_INTERNAL_ASSERT(capture->launches.empty() || launch_function.load());
+  capture->kernels = own(description[3]);
+  return capture;
 }
 
 // A thread's first launch is Triton's: its launcher sees to it that the thread has the device's context, which takes calls of
@@ -216,26 +215,26 @@ class CachedOp : public c10::OperatorKernel {
     // Under a dispatch mode, torch.compile's for one, the mode must see the allocations and launches.
     Call call;
     if (c10::impl::TorchDispatchModeTLS::stack_len() > 0 || !call.read(arguments)) return run_python(op, stack, nullptr);
-    const auto captured = caches_->find(call.words());
-    if (captured && (has_context || captured->launches.empty())) {
+    const auto capture = caches_->find(call.words());
+    if (capture && (has_context || capture->launches.empty())) {
       std::vector<Tensor> outputs;
-      if (replay(*captured, call, name_, outputs)) {
+      if (replay(*capture, call, name_, outputs)) {
         caches_->replays.fetch_add(1, std::memory_order_relaxed);
         torch::jit::drop(*stack, num_arguments);
         for (Tensor& output : outputs) stack->emplace_back(std::move(output));
         return;
       }
     }
-    run_python(op, stack, !captured && caches_->should_capture(call.words()) ? &call : nullptr);
-    if (captured && !captured->launches.empty()) has_context = true;
+    run_python(op, stack, !capture && caches_->should_capture(call.words()) ? &call : nullptr);
+    if (capture && !capture->launches.empty()) has_context = true;
   }
 
  private:
-  // Calls the function; through `watch_`, which says what it did, where a captured launches is to be made for `captured`.
+  // Calls the function; through `watch_`, which says what it did, where a capture is to be made for `capture`.
   void run_python(const c10::OperatorHandle& op, torch::jit::Stack* stack, const Call* captured) {
     const auto& schema = op.schema();
     auto arguments = torch::jit::pop(*stack, schema.arguments().size());
-    std::shared_ptr<const CapturedLaunches> captured;
+    std::shared_ptr<const CapturedLaunches> capture;
     {
       py::gil_scoped_acquire gil;
       py::list values;
@@ -257,11 +256,11 @@ class CachedOp : public c10::OperatorKernel {
       if (captured) {
         const auto pair = result.cast<py::tuple>();
         result = pair[0];
-        if (!pair[1].is_none()) captured = launches_from(pair[1], schema.arguments().size());
+        if (!pair[1].is_none()) capture = launches_from(pair[1], schema.arguments().size());
       }
       push(schema, result, stack);
     }
-    if (captured) caches_->keep(captured->words(), std::move(captured));
+    if (captured) caches_->keep(captured->words(), std::move(capture));
   }
 
   static void push(const c10::FunctionSchema& schema, const py::object& result, torch::jit::Stack* stack) {

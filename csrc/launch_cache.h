@@ -1,6 +1,6 @@
-// Launch cache: an op whose kernels are launched from Python costs tens of microseconds of host time a call, and the GIL. What
-// such a call does, though, follows from its arguments' shapes alone: some allocations, some launches, some outputs. So the
-// second call of a signature is captured, and from the third on C++ does the same without Python.
+// The launch cache: an op whose kernels are launched from Python costs tens of microseconds of host time a call, and the GIL.
+// What such a call does, though, follows from its arguments' shapes alone: some allocations, some launches, some outputs. So
+// the second call of a signature is captured, and from the third on C++ does the same without Python.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -70,8 +70,8 @@ class LaunchCache {
   std::shared_ptr<const CapturedLaunches> find(Key key) const;
   // Counts a call that has no captured launches; true if it should be captured.
   bool should_capture(Key key);
-  // Keeps what was seen; no captured launches says that this signature never has one.
-  void keep(Key key, std::shared_ptr<const CapturedLaunches> captured);
+  // Keeps what was seen; none says that this signature never has any.
+  void keep(Key key, std::shared_ptr<const CapturedLaunches> capture);
   std::pair<size_t, size_t> size() const;  // kinds seen, and how many of them have captured launches
   std::atomic<uint64_t> replays = 0;
 
@@ -79,7 +79,7 @@ class LaunchCache {
   struct Entry {
     int calls = 0;
     bool captured = false;
-    std::shared_ptr<const CapturedLaunches> captured;
+    std::shared_ptr<const CapturedLaunches> capture;
   };
   using Table = std::unordered_map<std::vector<uint64_t>, Entry, HashKey, EqualKey>;
   Entry& entry(Key key, Table& full);

@@ -19,7 +19,8 @@ from gradkernels.functional import (
     residual_add,
     residual_fork,
 )
-from gradkernels.library import ArgumentError, implementations, import_after
+from gradkernels.implementations import implementations
+from gradkernels.library import ArgumentError, import_after
 from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
 from gradkernels.telemetry import FIELDS, TIME_FIELDS, History, Record, TimeProfile, new_stats, new_time_stats
 from gradkernels.watch import Coverage, Watch, watch

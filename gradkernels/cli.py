@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NoReturn, TextIO
 
-from gradkernels.library import implementations
+from gradkernels.implementations import implementations
 
 LARGEST_SEED = 2**63 - 1
 

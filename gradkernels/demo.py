@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import torch
 
 from gradkernels.demo_model import CONTEXT, MODELS, PLAIN, cross_entropy, generate
-from gradkernels.library import implementations
+from gradkernels.implementations import implementations
 from gradkernels.telemetry import TimeProfile
 from gradkernels.watch import Watch, watch
 

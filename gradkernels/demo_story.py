@@ -16,7 +16,7 @@ from torch import nn
 
 from gradkernels.demo import BATCH, BEFORE, CONTEXT, PICTURE, Corpus, corpus_of, progress, random_windows
 from gradkernels.diagnose import Finding
-from gradkernels.library import implementations
+from gradkernels.implementations import implementations
 from gradkernels.telemetry import History
 from gradkernels.watch import Watch, watch
 

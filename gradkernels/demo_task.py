@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradkernels import init
-from gradkernels.library import implementations
+from gradkernels.implementations import implementations
 from gradkernels.nn import LSTM
 from gradkernels.telemetry import TimeProfile
 from gradkernels.watch import Watch, watch

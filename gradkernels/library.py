@@ -232,20 +232,3 @@ def autocast_region(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None,
 def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     keep = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
     return tuple(t if keep(t) else t.to(dtype) for t in tensors)
-
-
-def implementations() -> dict[str, str]:
-    """What will run where: {"<op> on <device>": implementation}, so that no fallback is silent.
-
-    The reference is plain PyTorch: right, differentiable, with the same statistics, and not fast.
-    """
-    native = f"C++ ({_C.cpu_capability()})" if _C is not None else "reference (PyTorch): the extension is not built"
-    ops = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "probe")
-    table = {f"{op} on cpu": native for op in ops}
-    table["autograd"] = "C++" if _C is not None else "Python: the extension is not built"
-    if ON_CUDA:
-        table.update({f"{op} on cuda": "Triton" for op in ops if any(name.startswith(op) for name in ON_CUDA)})
-    if "gradkernels._C_cuda" in sys.modules:
-        table["lstm_layer on cuda"] = "CUDA C++ for 16-bit layers that fit the device, Triton for others"
-    table["any op on any other device"] = "reference (PyTorch)"
-    return table

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 
 
-def on_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def on_components(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`function`, which treats every row alike and keeps its shape, on a nested tensor of either layout; differentiable.
 
-    One call where the parts lie one behind the other, as those of a jagged tensor do; else one for each.
+    One call where the components lie one behind the other, as those of a jagged tensor do; else one for each.
     """
     if x.layout is torch.jagged and x.lengths() is None and x._ragged_idx == 1:
         return torch.nested.nested_tensor_from_jagged(function(x.values()), x.offsets())
-    parts = [function(part) for part in x.unbind()]
-    return torch.nested.as_nested_tensor(parts, layout=x.layout) if parts else x
+    components = [function(component) for component in x.unbind()]
+    return torch.nested.as_nested_tensor(components, layout=x.layout) if components else x
 
 
 def numbers_of(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradkernels.telemetry import merge_cells, record_of
+from gradkernels.telemetry import merge_slots, record_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EAGER_FACTOR = 1.5  # how much larger than eager's an error may be: both are maxima of a few hundred roundings
@@ -168,7 +168,7 @@ def check_stats(stats: torch.Tensor, ports: Sequence[str], expected: Mapping[str
     Counts and abs_max must be equal, sums to `relative`. A port that is not in `expected` must be empty.
     """
     assert set(expected) <= set(ports)
-    for port, row in zip(ports, merge_cells(stats).tolist(), strict=True):
+    for port, row in zip(ports, merge_slots(stats).tolist(), strict=True):
         gradients = expected.get(port, [])
         record = record_of("site", port, row)
         for field, value in fields_of(gradients if isinstance(gradients, list) else [gradients]).items():

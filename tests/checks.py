@@ -7,7 +7,7 @@ from cases import make_case
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
-from gradkernels.telemetry import merge_cells
+from gradkernels.telemetry import merge_slots
 from gradkernels.testing import (
     check_results,
     check_stats,
@@ -218,7 +218,7 @@ def check_vmap_stats(op):
     case = make_case(op, 3, 5, dtype=torch.float64)
     stats = gk.new_stats(len(case.ports))
     gradients = transformed("vmap(grad)", partial(case.function, stats=stats), case)
-    rows, port = merge_cells(stats), "dx" if "dx" in case.ports else "dy"
+    rows, port = merge_slots(stats), "dx" if "dx" in case.ports else "dy"
     numel = rows[case.ports.index(port), 0].item()
     assert numel == gradients[0].numel()
     if port == "dx":

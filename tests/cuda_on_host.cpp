@@ -37,7 +37,7 @@ static Tiling tiling_of(const Request& request, bool backward) {
 // (programs, M, local, unit warps, row warps, row tiles, slices, groups, k blocks in shared memory, shared bytes, cycles)
 void tiling(const Request* request, int backward, int64_t* result) {
   const Tiling p = tiling_of(*request, backward);
-  const int64_t values[] = {p.M == 0 ? 0 : p.programs(),
+  const int64_t values[] = {p.M == 0 ? 0 : p.num_blocks(),
                             p.M,
                             p.local,
                             p.unit_warps,
@@ -62,10 +62,10 @@ struct Scratch {
     const Tiling tiling = tiling_of(request, backward);
     recurrence = {tiling, request.T, request.B, request.H, request.offsets, request.reverse != 0, nullptr, nullptr};
     double_buffer.resize(tiling.local ? 0 : 2 * tiling.groups * tiling.buffer_vectors);
-    flags.resize(2 * tiling.programs());
+    flags.resize(2 * tiling.num_blocks());
     recurrence.double_buffer = double_buffer.data();
     recurrence.flags = flags.data();
-    launch.blocks = tiling.programs() - request.missing_blocks;
+    launch.blocks = tiling.num_blocks() - request.missing_blocks;
     launch.shared_bytes = tiling.shared_bytes;
     launch.seed = request.seed;
     launch.timeout_seconds = request.timeout_seconds;
@@ -121,7 +121,7 @@ int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, co
   if (tiling.M == 0) return 2;
   const host::Guarded<int32_t> passed_on(carried_state, 2 * tiling.groups);
   p.carried_state = passed_on;
-  const host::Guarded<double> sums(partials, request->T * tiling.programs() * NUM_SUMS);
+  const host::Guarded<double> sums(partials, request->T * tiling.num_blocks() * NUM_SUMS);
   std::vector<int32_t> group_exponents(tiling.groups * request->T);
   p.partials = sums;
   p.exponents = tiling.groups > 1 ? group_exponents.data() : exponents;
@@ -130,7 +130,7 @@ int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, co
                                  : (telemetry ? run_backward<Bfloat16, true> : run_backward<Bfloat16, false>);
   if (!run(scratch, p)) return 1;
   for (int64_t t = 0; telemetry && tiling.groups > 1 && t < request->T; ++t) {
-    for (int program = 0; program < tiling.programs(); ++program) align_sums(p, t, program, exponents);
+    for (int program = 0; program < tiling.num_blocks(); ++program) align_sums(p, t, program, exponents);
   }
   return 0;
 }

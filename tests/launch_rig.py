@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.codegen import Launch, compile_for, signature_of
 from gradkernels.library import _C
-from gradkernels.telemetry import NUM_CELLS
+from gradkernels.telemetry import NUM_SLOTS
 from gradkernels.triton import KERNELS, launch
 from gradkernels.triton import launch_cache as cache
 
@@ -145,7 +145,7 @@ def for_hopper(found, handle):
 
 
 def table(ports, on=True):
-    return torch.zeros(ports, NUM_CELLS, 8, dtype=torch.float64) if on else None
+    return torch.zeros(ports, NUM_SLOTS, 8, dtype=torch.float64) if on else None
 
 
 def rows(ports):

@@ -47,19 +47,24 @@ class Shuffled:
 
 
 def stack_of(T, B, D, H, layers=2, directions=2, P=0, bias=True, sizes=None, dropout=0.0, dtype=torch.bfloat16, measured=False):
-    """(a Stack, with statistics for every part where `measured`; its tensors, which all require gradients)."""
+    """(a Stack, with statistics for every layer direction where `measured`; its tensors, which all require gradients)."""
     torch.manual_seed(0)
-    parts, rows = layers * directions, T * B if sizes is None else sum(sizes)
+    layer_directions, rows = layers * directions, T * B if sizes is None else sum(sizes)
     x = randn(T, B, D, dtype=dtype) if sizes is None else randn(rows, D, dtype=dtype)
     weights = []
-    for part in range(parts):
-        inputs = D if part < directions else directions * (P or H)
+    for layer_direction in range(layer_directions):
+        inputs = D if layer_direction < directions else directions * (P or H)
         shapes = [(4 * H, inputs), (4 * H, P or H), *([(4 * H,)] * 2 if bias else []), *([(P, H)] if P else [])]
         weights += [(max(1, H) ** -0.5 * randn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
-    tensors = [x, 0.5 * randn(parts, B, P or H, dtype=dtype), 0.5 * randn(parts, B, H, dtype=dtype), *weights]
+    tensors = [
+        x,
+        0.5 * randn(layer_directions, B, P or H, dtype=dtype),
+        0.5 * randn(layer_directions, B, H, dtype=dtype),
+        *weights,
+    ]
     batch_sizes = None if sizes is None else torch.tensor(sizes)
-    stats = tuple(gk.new_stats(6) if measured else None for _ in range(parts))
-    time_stats = tuple(gk.new_time_stats(T) if measured else None for _ in range(parts))
+    stats = tuple(gk.new_stats(6) if measured else None for _ in range(layer_directions))
+    time_stats = tuple(gk.new_time_stats(T) if measured else None for _ in range(layer_directions))
     stack = Stack(layers, directions == 2, bias, batch_sizes, dropout, stats, time_stats)
     return stack, [tensor.detach().requires_grad_() for tensor in tensors]
 

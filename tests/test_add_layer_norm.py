@@ -260,8 +260,8 @@ ERRORS = (
     (dict(bias=torch.ones(5).double()), TypeError, "bias must be torch.float32 like x, .*, got torch.float64"),
     (dict(bias=torch.ones(5, device="meta")), gk.ArgumentError, "bias must be on x's device, cpu, got meta"),
     (dict(stats=stats_of(5, 1, 8, dtype=torch.float32)), TypeError, "stats must be float64, got torch.float32"),
-    (dict(stats=stats_of(4, 1, 8)), gk.ArgumentError, r"stats must have shape .* \(5, cells, 8\), got \(4, 1, 8\)"),
-    (dict(stats=stats_of(5, 0, 8)), gk.ArgumentError, r"stats must have a cell or more, got shape \(5, 0, 8\)"),
+    (dict(stats=stats_of(4, 1, 8)), gk.ArgumentError, r"stats must have shape .* \(5, slots, 8\), got \(4, 1, 8\)"),
+    (dict(stats=stats_of(5, 0, 8)), gk.ArgumentError, r"stats must have a slot or more, got shape \(5, 0, 8\)"),
     (dict(stats=stats_of(5, 1, 8, device="meta")), gk.ArgumentError, "stats must be on x's device, cpu, got meta"),
 )
 

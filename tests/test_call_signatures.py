@@ -262,13 +262,13 @@ def test_threads():
             thread.join()
         assert not wrong
         python, replayed = rig.take()
-        assert len(python) == 3 * len(shapes)  # two calls without a captured launches, and a thread's first launch
+        assert len(python) == 3 * len(shapes)  # two calls without a capture, and a thread's first launch
         rows = [seen.parameters[-3] for seen in (*python, *replayed)]
         assert {value: rows.count((size, value)) for size, value in rows} == {8: 600, 16: 300, 24: 300}
 
 
 def test_deterministic_fill():
-    """Memory of a captured launches is filled like any other where PyTorch is told to (as conftest.py does)."""
+    """Memory of a capture is filled like any other where PyTorch is told to (as conftest.py does)."""
     with rigged() as (rig, ops):
         for _ in range(4):
             y = ops["gelu_fwd"](randn(8, 64), False)

@@ -268,10 +268,10 @@ ERRORS = (
         TypeError,
         r"stats must be float64, got torch.float32",
     ),
-    (lambda x: gk.gelu(x, stats=stats_of(3, 1, 8)), gk.ArgumentError, r"\(2, cells, 8\), got \(3, 1, 8\)"),
-    (lambda x: gk.gelu(x, stats=stats_of(2, 0, 8)), gk.ArgumentError, r"a cell or more, got shape \(2, 0, 8\)"),
-    (lambda x: gk.gelu(x, stats=stats_of(2, 1, 7)), gk.ArgumentError, r"\(2, cells, 8\), got \(2, 1, 7\)"),
-    (lambda x: gk.gelu(x, stats=stats_of(2, 8)), gk.ArgumentError, r"\(2, cells, 8\), got \(2, 8\)"),
+    (lambda x: gk.gelu(x, stats=stats_of(3, 1, 8)), gk.ArgumentError, r"\(2, slots, 8\), got \(3, 1, 8\)"),
+    (lambda x: gk.gelu(x, stats=stats_of(2, 0, 8)), gk.ArgumentError, r"a slot or more, got shape \(2, 0, 8\)"),
+    (lambda x: gk.gelu(x, stats=stats_of(2, 1, 7)), gk.ArgumentError, r"\(2, slots, 8\), got \(2, 1, 7\)"),
+    (lambda x: gk.gelu(x, stats=stats_of(2, 8)), gk.ArgumentError, r"\(2, slots, 8\), got \(2, 8\)"),
     (lambda x: gk.gelu(x, stats=stats_of(2, 1, 8, device="meta")), gk.ArgumentError, "on x's device, cpu, got meta"),
 )
 

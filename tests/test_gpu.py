@@ -10,7 +10,7 @@ from cases import make_case
 from checks import same
 
 import gradkernels as gk
-from gradkernels.telemetry import merge_cells
+from gradkernels.telemetry import merge_slots
 from gradkernels.testing import check_results, differentiate, largest
 
 pytestmark = [
@@ -41,7 +41,7 @@ def test_compile(op, fresh_compiler):
     compiled = torch.compile(partial(case.function, stats=stats), fullgraph=True)
     ours = differentiate(compiled, inputs, dys)
     torch.testing.assert_close(ours, eager)
-    torch.testing.assert_close(merge_cells(stats), merge_cells(eager_stats))
+    torch.testing.assert_close(merge_slots(stats), merge_slots(eager_stats))
     assert not fresh_compiler["graph_break"]
 
 
@@ -156,7 +156,7 @@ LSTMS = {
 def make_lstm(**options):
     """gk.LSTM of 65 inputs and 200 units, with statistics of its steps."""
     module = gk.LSTM(65, 200, device="cuda", **options)
-    for part in module.parts:
+    for part in module.suffixes:
         setattr(module, f"stats{part}", gk.new_stats(len(module.PORTS), "cuda"))
         setattr(module, f"time_stats{part}", gk.new_time_stats(64, "cuda"))
     return module
@@ -214,7 +214,7 @@ def test_lstm_at_once(options):
     torch.manual_seed(0)
     module = make_lstm(**AT_ONCE[options])
     x = lstm_input(300, 8, AT_ONCE[options].get("dtype", torch.float32))
-    tables = [getattr(module, f"{name}{part}") for name in ("stats", "time_stats") for part in module.parts]
+    tables = [getattr(module, f"{name}{part}") for name in ("stats", "time_stats") for part in module.suffixes]
 
     def results():
         torch.manual_seed(1)

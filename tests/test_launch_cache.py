@@ -135,7 +135,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_wrong_capture_is_seen(mutation):
-    """The comparison fails for a captured launches with one thing wrong, in the first launch or the last."""
+    """The comparison fails for a capture with one thing wrong, in the first launch or the last."""
 
     def capture(index, kernel, *args):
         result, captured = cache.capture(kernel, *args)

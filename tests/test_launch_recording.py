@@ -1,4 +1,4 @@
-"""What a captured launches is made of (triton/launch_cache.py): one call at a time, with launches that are only told of."""
+"""What a capture is made of (triton/launch_cache.py): one call at a time, with launches that are only told of."""
 
 from types import SimpleNamespace
 from unittest import mock

@@ -317,9 +317,9 @@ ERRORS = (
     ),
     (dict(weight=torch.ones(5, device="meta")), gk.ArgumentError, "weight must be on x's device, cpu, got meta"),
     (dict(stats=stats_of(4, 1, 8, dtype=torch.float32)), TypeError, "stats must be float64, got torch.float32"),
-    (dict(stats=stats_of(2, 1, 8)), gk.ArgumentError, r"stats must have shape .* \(4, cells, 8\), got \(2, 1, 8\)"),
-    (dict(stats=stats_of(4, 0, 8)), gk.ArgumentError, r"stats must have a cell or more, got shape \(4, 0, 8\)"),
-    (dict(stats=stats_of(4, 1, 9)), gk.ArgumentError, r"stats must have shape .* \(4, cells, 8\), got \(4, 1, 9\)"),
+    (dict(stats=stats_of(2, 1, 8)), gk.ArgumentError, r"stats must have shape .* \(4, slots, 8\), got \(2, 1, 8\)"),
+    (dict(stats=stats_of(4, 0, 8)), gk.ArgumentError, r"stats must have a slot or more, got shape \(4, 0, 8\)"),
+    (dict(stats=stats_of(4, 1, 9)), gk.ArgumentError, r"stats must have shape .* \(4, slots, 8\), got \(4, 1, 9\)"),
     (dict(stats=stats_of(4, 1, 8, device="meta")), gk.ArgumentError, "stats must be on x's device, cpu, got meta"),
 )
 

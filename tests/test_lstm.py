@@ -249,7 +249,7 @@ def test_compile(options, fresh_compiler):
     """No graph break; one graph for every T and B; the bits of eager mode, statistics of every step included."""
     ours = gk.LSTM(5, 6, **options)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
-    for part in ours.parts:
+    for part in ours.suffixes:
         setattr(ours, f"stats{part}", gk.new_stats(6))
         setattr(ours, f"time_stats{part}", gk.new_time_stats(50))
     for T, B in ((9, 3), (13, 4), (21, 7)):

@@ -189,8 +189,8 @@ ERRORS = (
     (dict(bias_ih=None), gk.ArgumentError, "bias_ih and bias_hh must be given together, got one of them"),
     (dict(c=torch.ones(2, 5).double()), TypeError, "c must be torch.float32 like x, got torch.float64"),
     (dict(h=torch.ones(2, 5, device="meta")), gk.ArgumentError, "h must be on x's device, cpu, got meta"),
-    (dict(stats=torch.zeros(4, 1, 8).double()), gk.ArgumentError, r"\(8, cells, 8\), got \(4, 1, 8\)"),
-    (dict(stats=torch.zeros(8, 0, 8).double()), gk.ArgumentError, r"stats must have a cell or more, got shape \(8, 0, 8\)"),
+    (dict(stats=torch.zeros(4, 1, 8).double()), gk.ArgumentError, r"\(8, slots, 8\), got \(4, 1, 8\)"),
+    (dict(stats=torch.zeros(8, 0, 8).double()), gk.ArgumentError, r"stats must have a slot or more, got shape \(8, 0, 8\)"),
 )
 
 

@@ -63,7 +63,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_directions(shuffled, on_host, layout):
-    """Whatever the order, y, both states and all gradients have the bits of one part after the other."""
+    """Whatever the order, y, both states and all gradients have the bits of one layer direction after the other."""
     stack, tensors = stack_of(**{"T": 3, "B": 3, "D": 6, "H": 7} | LAYOUTS[layout])
     together, in_sequence = both(stack, tensors)
     check(together, in_sequence)
@@ -83,7 +83,7 @@ def test_gradients_have_memory_of_their_own(shuffled, on_host, directions):
 
 @pytest.mark.parametrize("sizes", [None, [3, 2, 1]], ids=["padded", "packed"])
 def test_statistics(shuffled, on_host, sizes):
-    """All tables of all parts, of both kinds."""
+    """All tables of all layer directions, of both kinds."""
     stack, tensors = stack_of(3, 3, 6, 7, sizes=sizes, measured=True)
     together, in_sequence = both(stack, tensors)
     check(together, in_sequence)
@@ -113,7 +113,7 @@ FROZEN = {"all but the top": (slice(-8, None), 2), "x and states": (slice(3, Non
 
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_frozen(shuffled, on_host, frozen):
-    """A part below all that wants a gradient neither runs backward nor measures."""
+    """A layer direction below all that wants a gradient neither runs backward nor measures."""
     stack, tensors = stack_of(3, 3, 6, 7, measured=True)
     trained, still = tensors[FROZEN[frozen][0]], FROZEN[frozen][1]
     for tensor in tensors:
@@ -171,7 +171,7 @@ def test_weights_of_any_layout(shuffled, on_host, directions):
     stack, tensors = stack_of(8, 3, 6, 7, directions=directions)
     tensors = [t.detach().T.contiguous().T.requires_grad_() if t.dim() == 2 else t for t in tensors]
     outputs, gradients, *_ = results(concurrent, stack, tensors)
-    assert on_host.recurrences == 8  # two parts in two chunks, or four parts, both ways
+    assert on_host.recurrences == 8  # two layer directions in two chunks, or four layer directions, both ways
     assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
 

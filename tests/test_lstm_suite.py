@@ -16,7 +16,7 @@ from gradkernels.testing import randn
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_initial_state_defaults_to_zero(options):
     ours, _ = pair(5, 6, **options)
-    parts, x = len(ours.parts), randn(4, 3, 5)
+    parts, x = len(ours.suffixes), randn(4, 3, 5)
     zeros = tuple(torch.zeros(parts, x.shape[0 if ours.batch_first else 1], n) for n in (ours.proj_size or 6, 6))
     assert all(torch.equal(a, b) for a, b in zip(flat(ours(x)), flat(ours(x, zeros)), strict=True))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradkernels as gk
-from gradkernels.telemetry import merge_cells, record_of
+from gradkernels.telemetry import merge_slots, record_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 LENGTHS = [[3, 5], [1], [4, 0, 2]]
@@ -20,14 +20,16 @@ def parts_of(lengths, *shape):
     return [torch.randn(n, *shape) for n in lengths]
 
 
-def nested(parts, layout, form="plain"):
-    """A leaf with these parts. "holes": a jagged tensor whose parts do not lie one behind the other."""
+def nested(components, layout, form="plain"):
+    """A leaf with these components. "holes": a jagged tensor whose components do not lie one behind the other."""
     if form == "holes":
-        padded = torch.cat([torch.cat([part, torch.full((2, *part.shape[1:]), torch.nan)]) for part in parts])
-        lengths = torch.tensor([len(part) for part in parts])
+        padded = torch.cat(
+            [torch.cat([component, torch.full((2, *component.shape[1:]), torch.nan)]) for component in components]
+        )
+        lengths = torch.tensor([len(component) for component in components])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 2).cumsum(0)])
         return torch.nested.nested_tensor_from_jagged(padded, offsets, lengths).detach().requires_grad_()
-    return torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+    return torch.nested.nested_tensor(components, layout=layout, requires_grad=True)
 
 
 FORMS = [(torch.jagged, "plain"), (torch.jagged, "holes"), (torch.strided, "plain")]
@@ -44,12 +46,12 @@ LAYERS = {
 def test_layer(name, layout, form, lengths):
     """Each part as if it were alone: y, dx, and the statistics of all of them."""
     ours, eager, num_ports, shown = LAYERS[name]
-    parts = parts_of(lengths, 8)
-    x, stats = nested(parts, layout, form), gk.new_stats(num_ports)
+    components = parts_of(lengths, 8)
+    x, stats = nested(components, layout, form), gk.new_stats(num_ports)
     y = ours(x, stats=stats)
     assert y.is_nested
     assert y.layout is layout
-    leaves = [part.clone().requires_grad_() for part in parts]
+    leaves = [component.clone().requires_grad_() for component in components]
     expected = [eager(leaf) for leaf in leaves]
     for own, other in zip(y.unbind(), expected, strict=True):
         torch.testing.assert_close(own, other)
@@ -58,7 +60,7 @@ def test_layer(name, layout, form, lengths):
     for own, leaf in zip(x.grad.unbind(), leaves, strict=True):
         torch.testing.assert_close(own, leaf.grad)
     dys = torch.cat([other.detach().cos() for other in expected])
-    rows = [record_of("", "", row) for row in merge_cells(stats).tolist()[:shown]]
+    rows = [record_of("", "", row) for row in merge_slots(stats).tolist()[:shown]]
     for row, gradient in zip(rows, (dys, torch.cat([leaf.grad for leaf in leaves])), strict=True):
         assert row.numel == gradient.numel()
         assert row.norm == pytest.approx(gradient.double().norm().item(), rel=1e-5)
@@ -74,16 +76,16 @@ def test_what_comes_out_adds_to_what_went_in():
 def test_transposed():
     x = nested(parts_of([3, 5], 8), torch.jagged)
     y = gk.gelu(x.transpose(1, 2))
-    for own, part in zip(y.unbind(), x.unbind(), strict=True):
-        torch.testing.assert_close(own, F.gelu(part).mT)
+    for own, component in zip(y.unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(own, F.gelu(component).mT)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 def test_parameters(layout):
-    parts = parts_of([3, 5], 8)
+    components = parts_of([3, 5], 8)
     ours, eager = gk.LayerNorm(8), nn.LayerNorm(8)
     for module in (ours, eager):
-        sum((part**2).sum() for part in module(nested(parts, layout)).unbind()).backward()
+        sum((component**2).sum() for component in module(nested(components, layout)).unbind()).backward()
     for own, other in zip(ours.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad)
 
@@ -97,8 +99,8 @@ def test_the_ragged_dimension_is_not_normalized():
 def test_probe(layout, form):
     x, stats = nested(parts_of([3, 5], 8), layout, form), gk.new_stats(1)
     y = 2 * gk.probe(1 * x, stats=stats)
-    sum(part.sum() for part in y.unbind()).backward()
-    row = record_of("", "", merge_cells(stats)[0].tolist())
+    sum(component.sum() for component in y.unbind()).backward()
+    row = record_of("", "", merge_slots(stats)[0].tolist())
     assert row.norm == pytest.approx(2 * 64**0.5)
     assert row.numel == 64
 

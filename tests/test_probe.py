@@ -204,9 +204,9 @@ ERRORS = (
     (lambda x: gk.probe(x.int()), TypeError, r"x must be .*, got torch\.int32"),
     (lambda x: gk.probe(x.to(torch.complex64)), TypeError, r"x must be .*, got torch\.complex64"),
     (lambda x: gk.probe(x, stats=stats_of(1, 1, 8).half()), TypeError, "stats must be float64, got torch.float16"),
-    (lambda x: gk.probe(x, stats=stats_of(2, 1, 8)), gk.ArgumentError, r"\(1, cells, 8\), got \(2, 1, 8\)"),
-    (lambda x: gk.probe(x, stats=stats_of(1, 0, 8)), gk.ArgumentError, r"a cell or more, got shape \(1, 0, 8\)"),
-    (lambda x: gk.probe(x, stats=stats_of(1, 8)), gk.ArgumentError, r"\(1, cells, 8\), got \(1, 8\)"),
+    (lambda x: gk.probe(x, stats=stats_of(2, 1, 8)), gk.ArgumentError, r"\(1, slots, 8\), got \(2, 1, 8\)"),
+    (lambda x: gk.probe(x, stats=stats_of(1, 0, 8)), gk.ArgumentError, r"a slot or more, got shape \(1, 0, 8\)"),
+    (lambda x: gk.probe(x, stats=stats_of(1, 8)), gk.ArgumentError, r"\(1, slots, 8\), got \(1, 8\)"),
     (lambda x: gk.probe(x, stats=stats_of(1, 1, 8, device="meta")), gk.ArgumentError, "on x's device, cpu, got meta"),
 )
 

@@ -189,7 +189,7 @@ def tables(ports):
     """{what is wrong: (a table of statistics with that, the message)}."""
     return {
         "float32": (torch.zeros(ports, 1, 8), "stats must be Double, got Float"),
-        "no cells": (torch.zeros(ports, 0, 8).double(), rf"stats must have a cell or more, got shape \({ports}, 0, 8\)"),
+        "no cells": (torch.zeros(ports, 0, 8).double(), rf"stats must have a slot or more, got shape \({ports}, 0, 8\)"),
         "fields": (torch.zeros(ports, 1, 7).double(), rf"stats must have shape .*, got \({ports}, 1, 7\)"),
         "flat": (torch.zeros(ports, 8).double(), rf"stats must have shape .*, got \({ports}, 8\)"),
         "strides": (torch.zeros(8, 1, ports).double().permute(2, 1, 0), "stats must be contiguous, got strides"),
@@ -204,7 +204,7 @@ def test_tables(op):
         with pytest.raises((ValueError, TypeError), match=f"^{op}: {message}"):
             call(op, stats=table)
     for others in () if op == "probe_bwd" else (0, 1, ports - 1, ports + 1):
-        with pytest.raises(ValueError, match=rf"^{op}: stats must have shape .* \({ports}, cells, 8\), got \({others}, 1, 8\)"):
+        with pytest.raises(ValueError, match=rf"^{op}: stats must have shape .* \({ports}, slots, 8\), got \({others}, 1, 8\)"):
             call(op, stats=new_stats(others))
 
 

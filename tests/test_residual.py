@@ -247,9 +247,9 @@ ERRORS = (
     (lambda x: gk.residual_fork(x.int()), TypeError, r"residual_fork: x must be float32, .*, got torch\.int32"),
     (lambda x: gk.residual(x.bool(), torch.sin), TypeError, r"residual_fork: x must be float32, .*, got torch\.bool"),
     (lambda x: gk.residual_fork(x, stats=stats_of(3, 1, 8).float()), TypeError, "stats must be float64, got torch.float32"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(2, 1, 8)), gk.ArgumentError, r"\(3, cells, 8\), got \(2, 1, 8\)"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(3, 0, 8)), gk.ArgumentError, r"a cell or more, got shape \(3, 0, 8\)"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(3, 8)), gk.ArgumentError, r"\(3, cells, 8\), got \(3, 8\)"),
+    (lambda x: gk.residual_fork(x, stats=stats_of(2, 1, 8)), gk.ArgumentError, r"\(3, slots, 8\), got \(2, 1, 8\)"),
+    (lambda x: gk.residual_fork(x, stats=stats_of(3, 0, 8)), gk.ArgumentError, r"a slot or more, got shape \(3, 0, 8\)"),
+    (lambda x: gk.residual_fork(x, stats=stats_of(3, 8)), gk.ArgumentError, r"\(3, slots, 8\), got \(3, 8\)"),
     (
         lambda x: gk.residual(x, torch.sin, stats=stats_of(3, 1, 8, device="meta")),
         gk.ArgumentError,

@@ -14,7 +14,7 @@ from test_fallback import run, run_tests
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradkernels.telemetry import NUM_CELLS
+from gradkernels.telemetry import NUM_SLOTS
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -127,7 +127,7 @@ def test_compiled_graphs_hold_the_kernels(fresh_compiler):
         dx = OP.gelu_bwd(x, x, False, gelu_stats)
         return OP.layer_norm_bwd(dx, x, mean, mean, weight, weight, 1, True, norm_stats)
 
-    table = lambda ports: ((ports, NUM_CELLS, 8), torch.float64)  # noqa: E731
+    table = lambda ports: ((ports, NUM_SLOTS, 8), torch.float64)  # noqa: E731
     shapes = [((64, 256), torch.bfloat16), ((64, 1), torch.float32), ((256,), torch.bfloat16), table(2), table(4)]
     names = [str(node.target) for node in traced(backwards, *shapes)]
     assert not fresh_compiler["graph_break"]

@@ -22,7 +22,7 @@ from checks import (
 )
 
 import gradkernels as gk
-from gradkernels.telemetry import merge_cells
+from gradkernels.telemetry import merge_slots
 from gradkernels.testing import DTYPES, differentiate, lay_out, randn
 
 pytestmark = pytest.mark.skipif("on_triton" not in sys.modules, reason="run by test_triton.py in a process of its own")
@@ -173,7 +173,7 @@ def test_cells_of_their_own():
 def test_take_rows():
     """One row a port, and an empty table afterwards."""
     stats = torch.rand(7, 133, 8, dtype=torch.float64)
-    expected = merge_cells(stats)
+    expected = merge_slots(stats)
     rows = torch.full_like(expected, torch.nan)
     torch.ops.gradkernels.take_rows(stats, rows)
     torch.testing.assert_close(rows, expected)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import gradkernels as gk
-from gradkernels.telemetry import merge_cells, record_of
+from gradkernels.telemetry import merge_slots, record_of
 
 OPS = torch.ops.gradkernels
 
@@ -17,7 +17,7 @@ def measured(gradient):
     """The record of a gradient, by the probe."""
     stats = gk.new_stats(1)
     OPS.probe_bwd(gradient, stats, 0)
-    return record_of("site", "dy", merge_cells(stats)[0].tolist())
+    return record_of("site", "dy", merge_slots(stats)[0].tolist())
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -74,7 +74,7 @@ def test_norm_of_short_rows(N, dtype):
     x, dy = torch.randn(M, N).to(dtype), torch.full((M, N), 1.1).to(dtype)
     _, mean, rstd = OPS.layer_norm_fwd(x, None, None, 1, 1e-5)
     OPS.layer_norm_bwd(dy, x, mean, rstd, None, None, 1, False, stats)
-    row = merge_cells(stats)[0]
+    row = merge_slots(stats)[0]
     assert row[2].item() == pytest.approx(dy.double().square().sum().item(), rel=1e-5)
 
 

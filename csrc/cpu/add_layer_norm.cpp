@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
   dispatch_pair(residual, x, [&]<typename TX, typename TY>() {
     using A = Acc<TX>;
     const Columns<A> w(weight, N, 1), b(bias, N, 0);
-    for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
+    for_each_task(num_tasks(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((add_norm_fwd<TX, TY>));
       loop(x.const_data_ptr<TY>(), residual.const_data_ptr<TX>(), new_residual.mutable_data_ptr<TX>(), y.mutable_data_ptr<TY>(),
            w.data(), b.data(), eps, N, begin, end, mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
@@ -85,15 +85,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   const Tensor h = new_residual_any.contiguous();
   const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
   const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();
-  const int64_t N = num_columns(h, num_dims), M = N == 0 ? 0 : h.numel() / N, programs = num_programs(M, N);
+  const int64_t N = num_columns(h, num_dims), M = N == 0 ? 0 : h.numel() / N, tasks = num_tasks(M, N);
   Tensor dresidual = at::empty(h.sizes(), h.options()), dweight, dbias;
   Tensor dx = separate_dx ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
-  std::vector<Cell> cells(3 * programs);
+  std::vector<Slot> slots(3 * tasks);
   dispatch_pair(h, dy, [&]<typename TX, typename TY>() {
     using A = Acc<TX>;
     const Columns<A> w(weight, N, 1);
-    ColumnSums<TX> sums(weight, bias, M, N, programs, columns);
-    for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
+    ColumnSums<TX> sums(weight, bias, M, N, tasks, columns);
+    for_each_task(tasks, M, [&](int64_t task, int64_t begin, int64_t end) {
       const NormBackward<TX, TY> p{dy.const_data_ptr<TY>(),
                                    h.const_data_ptr<TX>(),
                                    dnew_residual.defined() ? dnew_residual.const_data_ptr<TX>() : nullptr,
@@ -104,13 +104,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
                                    separate_dx ? dx.mutable_data_ptr<TY>() : nullptr,
                                    N};
       const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
-      loop(p, begin, end, sums.of(program, stats ? &cells[3 * program] : nullptr));
+      loop(p, begin, end, sums.of(task, stats ? &slots[3 * task] : nullptr));
     });
     std::tie(dweight, dbias) = sums.finish(stats, 3, h);
   });
-  if (dy_any) record(stats, 0, cells.data(), 3, programs, dy.numel());
-  if (dnew_residual_any) record(stats, 1, cells.data() + 1, 3, programs, h.numel());
-  record(stats, 2, cells.data() + 2, 3, programs, h.numel());
+  if (dy_any) record(stats, 0, slots.data(), 3, tasks, dy.numel());
+  if (dnew_residual_any) record(stats, 1, slots.data() + 1, 3, tasks, h.numel());
+  record(stats, 2, slots.data() + 2, 3, tasks, h.numel());
   return {dresidual, dx, dweight, dbias};
 }
 

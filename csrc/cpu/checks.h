@@ -69,13 +69,13 @@ inline void check(const char* op, const char* name, const OptionalTensor& t, at:
   if (t) check(op, name, *t, shape, dtype);
 }
 
-// A table of statistics with a row for each of `ports` gradients, and a cell of each to add to.
+// A table of statistics with a row for each of `ports` gradients, and a slot of each to add to.
 inline void check_stats(const char* op, const Tensor& stats, int64_t ports) {
   check_dtype(op, "stats", stats, at::kDouble);
   TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(0) == ports && stats.size(2) == NUM_FIELDS, op,
-                    ": stats must have shape (ports, cells, fields) = (", ports, ", cells, ", NUM_FIELDS, "), got ",
+                    ": stats must have shape (ports, slots, fields) = (", ports, ", slots, ", NUM_FIELDS, "), got ",
                     tuple_of(stats.sizes()));
-  TORCH_CHECK_VALUE(stats.size(1) > 0, op, ": stats must have a cell or more, got shape ", tuple_of(stats.sizes()));
+  TORCH_CHECK_VALUE(stats.size(1) > 0, op, ": stats must have a slot or more, got shape ", tuple_of(stats.sizes()));
   check_contiguous(op, "stats", stats);
 }
 inline void check_stats(const char* op, const OptionalTensor& stats, int64_t ports) {

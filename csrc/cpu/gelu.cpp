@@ -1,7 +1,7 @@
 // GELU (Hendrycks and Gimpel 2016), exact and tanh form.
 //   exact  y = x P(x), P the standard normal distribution function;  dx = dy (P(x) + x p(x))
 //   tanh   y = x S(u), S the sigmoid function, u = 2 sqrt(2 / pi) (x + 0.044715 x^3);  dx = dy (S + x S (1 - S) u')
-// One program owns a contiguous range of elements, read in blocks of FOLD.
+// One task owns a contiguous range of elements, read in blocks of POINTWISE_BLOCK.
 #include <cmath>
 
 #include "checks.h"
@@ -174,16 +174,16 @@ static void gelu_bwd_block(const T* dy, const T* x, T* dx, int64_t count, Measur
     sums_dx.template add<MODE>(access, dx + k, scale_dx);
   });
   if (MODE == OFF) return;
-  measure_dy.fold(MODE, sums_dy, dy, count);
-  measure_dx.fold(MODE, sums_dx, dx, count);
+  measure_dy.merge_partials(MODE, sums_dy, dy, count);
+  measure_dx.merge_partials(MODE, sums_dx, dx, count);
 }
 
 template <typename T, bool TANH>
-static void gelu_bwd_range(const T* dy, const T* x, T* dx, int64_t begin, int64_t end, Cell* cells) {
+static void gelu_bwd_range(const T* dy, const T* x, T* dx, int64_t begin, int64_t end, Slot* slots) {
   static constexpr decltype(&gelu_bwd_block<T, TANH, OFF>) blocks[] = {
       gelu_bwd_block<T, TANH, OFF>, gelu_bwd_block<T, TANH, FAST>, gelu_bwd_block<T, TANH, FINITE>,
       gelu_bwd_block<T, TANH, SCALED>};
-  Measure<T> measure_dy(cells), measure_dx(cells ? cells + 1 : nullptr);
+  Measure<T> measure_dy(slots), measure_dx(slots ? slots + 1 : nullptr);
   for_each_block(begin, end, [&](int64_t first, int64_t last) {
     const Mode mode = std::max(measure_dy.mode(), measure_dx.mode());
     blocks[mode](dy + first, x + first, dx + first, last - first, measure_dy, measure_dx);
@@ -195,10 +195,10 @@ static void gelu_fwd(const T* x, T* y, bool tanh, int64_t begin, int64_t end) {
   tanh ? gelu_fwd_range<T, true>(x, y, begin, end) : gelu_fwd_range<T, false>(x, y, begin, end);
 }
 
-// cells: for dy and dx; null where nothing is measured.
+// slots: for dy and dx; null where nothing is measured.
 template <typename T>
-static void gelu_bwd(const T* dy, const T* x, T* dx, bool tanh, int64_t begin, int64_t end, Cell* cells) {
-  tanh ? gelu_bwd_range<T, true>(dy, x, dx, begin, end, cells) : gelu_bwd_range<T, false>(dy, x, dx, begin, end, cells);
+static void gelu_bwd(const T* dy, const T* x, T* dx, bool tanh, int64_t begin, int64_t end, Slot* slots) {
+  tanh ? gelu_bwd_range<T, true>(dy, x, dx, begin, end, slots) : gelu_bwd_range<T, false>(dy, x, dx, begin, end, slots);
 }
 
 }  // namespace gk::GK_ISA
@@ -214,7 +214,7 @@ Tensor gelu_fwd(const Tensor& x_any, bool tanh) {
   GK_DISPATCH(x.scalar_type(), "gelu_fwd", [&] {
     const auto* x_ptr = x.const_data_ptr<scalar_t>();
     auto* y_ptr = y.mutable_data_ptr<scalar_t>();
-    for_each_program(num_programs(num_blocks, POINTWISE_BLOCK), num_blocks, [&](int64_t, int64_t begin, int64_t end) {
+    for_each_task(num_tasks(num_blocks, POINTWISE_BLOCK), num_blocks, [&](int64_t, int64_t begin, int64_t end) {
       GK_CHOOSE((gelu_fwd<scalar_t>))(x_ptr, y_ptr, tanh, begin * POINTWISE_BLOCK, std::min(x.numel(), end * POINTWISE_BLOCK));
     });
   });
@@ -228,19 +228,19 @@ Tensor gelu_bwd(const Tensor& dy_any, const Tensor& x_any, bool tanh, const Opti
   const Tensor x = dense(x_any), dy = with_strides_of(x, dy_any);
   Tensor dx = at::empty_like(x);
   const int64_t num_blocks = (x.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;
-  const int64_t programs = num_programs(num_blocks, POINTWISE_BLOCK);
-  std::vector<Cell> cells(2 * programs);
+  const int64_t tasks = num_tasks(num_blocks, POINTWISE_BLOCK);
+  std::vector<Slot> slots(2 * tasks);
   GK_DISPATCH(x.scalar_type(), "gelu_bwd", [&] {
     const auto* dy_ptr = dy.const_data_ptr<scalar_t>();
     const auto* x_ptr = x.const_data_ptr<scalar_t>();
     auto* dx_ptr = dx.mutable_data_ptr<scalar_t>();
-    for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
+    for_each_task(tasks, num_blocks, [&](int64_t task, int64_t begin, int64_t end) {
       GK_CHOOSE((gelu_bwd<scalar_t>))(dy_ptr, x_ptr, dx_ptr, tanh, begin * POINTWISE_BLOCK,
-                                      std::min(x.numel(), end * POINTWISE_BLOCK), stats ? &cells[2 * program] : nullptr);
+                                      std::min(x.numel(), end * POINTWISE_BLOCK), stats ? &slots[2 * task] : nullptr);
     });
   });
-  record(stats, 0, cells.data(), 2, programs, x.numel());
-  record(stats, 1, cells.data() + 1, 2, programs, x.numel());
+  record(stats, 0, slots.data(), 2, tasks, x.numel());
+  record(stats, 1, slots.data() + 1, 2, tasks, x.numel());
   return dx;
 }
 

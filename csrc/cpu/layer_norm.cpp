@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const Opt
   GK_DISPATCH(x.scalar_type(), "layer_norm_fwd", [&] {
     using A = Acc<scalar_t>;
     const Columns<A> w(weight, N, 1), b(bias, N, 0);
-    for_each_program(num_programs(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
+    for_each_task(num_tasks(M, N), M, [&](int64_t, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((norm_fwd<scalar_t, scalar_t>));
       loop(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), w.data(), b.data(), eps, N, begin, end, end,
            mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>());
@@ -45,24 +45,24 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Te
   check_row_statistic("layer_norm_bwd", "rstd", rstd, x_any, num_dims);
   check_stats("layer_norm_bwd", stats, 4);
   const Tensor dy = dy_any.contiguous(), x = x_any.contiguous();
-  const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N, programs = num_programs(M, N);
+  const int64_t N = num_columns(x, num_dims), M = N == 0 ? 0 : x.numel() / N, tasks = num_tasks(M, N);
   Tensor dx = at::empty(x.sizes(), x.options()), dweight, dbias;
-  std::vector<Cell> cells(3 * programs);
+  std::vector<Slot> slots(3 * tasks);
   GK_DISPATCH(x.scalar_type(), "layer_norm_bwd", [&] {
     using A = Acc<scalar_t>;
     const Columns<A> w(weight, N, 1);
-    ColumnSums<scalar_t> sums(weight, bias, M, N, programs, columns);
-    for_each_program(programs, M, [&](int64_t program, int64_t begin, int64_t end) {
+    ColumnSums<scalar_t> sums(weight, bias, M, N, tasks, columns);
+    for_each_task(tasks, M, [&](int64_t task, int64_t begin, int64_t end) {
       const NormBackward<scalar_t, scalar_t> p{
           dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),    nullptr, w.data(), mean.const_data_ptr<A>(),
           rstd.const_data_ptr<A>(),      dx.mutable_data_ptr<scalar_t>(), nullptr, N};
       const auto loop = GK_CHOOSE((norm_bwd<scalar_t, scalar_t>));
-      loop(p, begin, end, sums.of(program, stats ? &cells[3 * program] : nullptr));
+      loop(p, begin, end, sums.of(task, stats ? &slots[3 * task] : nullptr));
     });
     std::tie(dweight, dbias) = sums.finish(stats, 2, x);
   });
-  record(stats, 0, cells.data(), 3, programs, dy.numel());
-  record(stats, 1, cells.data() + 2, 3, programs, dx.numel());
+  record(stats, 0, slots.data(), 3, tasks, dy.numel());
+  record(stats, 1, slots.data() + 2, 3, tasks, dx.numel());
   return {dx, dweight, dbias};
 }
 

@@ -3,21 +3,22 @@
 // Included inside namespace gk::GK_ISA after vec.h, once per instruction set; no include guard.
 //
 // Per vector: one multiply-add for the sum of squares, and on integers, for the bits of magnitudes order as these do, one
-// instruction for the largest and two that count what is not zero. Per block the lanes are folded into a Cell in float64.
+// instruction for the largest and two that count what is not zero. Per block the lanes are merged into a Slot in float64.
 // A block whose squares leave float's range (1e-30 or 1e+30 everywhere, an infinity, a NaN) is measured again, and all blocks
 // after it, with more care: FINITE counts what is finite and leaves the rest out; SCALED also multiplies elements by a power of
 // two that brings them into range before it squares them.
 
 enum Mode { OFF, FAST, FINITE, SCALED };
 
-constexpr int64_t FOLD = 512 * WIDTH<float>;  // elements between two folds: 256 additions to a float, rounded below 1e-5
-constexpr int64_t FIRST_FOLD = FOLD / 8;      // and before the first one, which tells whether to be careful
+constexpr int64_t MERGE_INTERVAL =
+    512 * WIDTH<float>;  // elements between two merges: 256 additions to a float, rounded below 1e-5
+constexpr int64_t FIRST_MERGE = MERGE_INTERVAL / 8;  // and before the first one, which tells whether to be careful
 
 // Calls body(first, last) for the blocks of [begin, end).
 template <typename Body>
 static GK_INLINE void for_each_block(int64_t begin, int64_t end, const Body& body) {
   for (int64_t first = begin, last; first < end; first = last) {
-    last = std::min(end, first + (first == begin ? FIRST_FOLD : FOLD));
+    last = std::min(end, first + (first == begin ? FIRST_MERGE : MERGE_INTERVAL));
     body(first, last);
   }
 }
@@ -131,19 +132,19 @@ static int64_t total_of(Counter counter) {
   return total;
 }
 
-// The statistics of one gradient in one program, block by block.
+// The statistics of one gradient in one task, block by block.
 template <typename T>
 class Measure {
  public:
   using A = Acc<T>;
 
-  explicit Measure(Cell* cell) : cell_(cell), mode_(cell ? FAST : OFF) {}
+  explicit Measure(Slot* slot) : slot_(slot), mode_(slot ? FAST : OFF) {}
 
   Mode mode() const { return mode_; }
   A scale() const { return scale_; }
 
   // Adds a block of memory p[0 .. count), of which a loop has formed `sums` in `mode`.
-  void fold(Mode mode, const Sums<T>& sums, const T* p, int64_t count) {
+  void merge_partials(Mode mode, const Sums<T>& sums, const T* p, int64_t count) {
     const A squares = sum<A>(sums.square_sum), peak = sums.largest_magnitude();
     const bool in_range = (squares >= SMALLEST && squares <= LARGEST) || (squares == 0 && peak == 0);
     if (!in_range && mode == FAST) {
@@ -160,15 +161,15 @@ class Measure {
       add_each_square(p, count);
     }
     if (mode != FAST) set_exponent(peak);
-    cell_->abs_max = std::max(cell_->abs_max, static_cast<double>(peak));
-    cell_->zero_count += static_cast<double>(count - total_of(sums.nonzero));
-    if (mode != FAST) cell_->nonfinite_count += static_cast<double>(sums.lanes - total_of(sums.finite));
+    slot_->abs_max = std::max(slot_->abs_max, static_cast<double>(peak));
+    slot_->zero_count += static_cast<double>(count - total_of(sums.nonzero));
+    if (mode != FAST) slot_->nonfinite_count += static_cast<double>(sums.lanes - total_of(sums.finite));
   }
 
   // Adds memory that no loop has at hand.
   void add(const T* p, int64_t count) {
-    for (int64_t k = 0; k < count; k += FOLD) {
-      const int64_t some = std::min(FOLD, count - k);
+    for (int64_t k = 0; k < count; k += MERGE_INTERVAL) {
+      const int64_t some = std::min(MERGE_INTERVAL, count - k);
       if (mode_ == FAST) {
         add_block<FAST>(p + k, some);
       } else if (mode_ == FINITE) {
@@ -191,7 +192,7 @@ class Measure {
     for_each_vector<T>(0, count, [&](auto access, int64_t k) __attribute__((always_inline)) {
       sums.template add<MODE>(access, p + k, scale);
     });
-    fold(MODE, sums, p, count);
+    merge_partials(MODE, sums, p, count);
   }
 
   // Elements are multiplied by 2^exponent_, which brings magnitudes of about `peak` to one where they are far from it.
@@ -203,16 +204,16 @@ class Measure {
     mode_ = exponent_ == 0 ? FINITE : SCALED;
   }
 
-  // Adds the sum of the squares of elements times 2^exponent_ to the part of the Cell that holds its size.
+  // Adds the sum of the squares of elements times 2^exponent_ to the part of the Slot that holds its size.
   void add_square_sum(double squares) {
     constexpr int ORDINARY = 960, SQUARED_SCALE = 1074;  // exponents: of what is squared as it is, and of SCALE^2
     const int power = squares == 0 ? 0 : std::ilogb(squares) - 2 * exponent_;
     if (power < -ORDINARY) {
-      cell_->square_sum_tiny += std::ldexp(squares, SQUARED_SCALE - 2 * exponent_);
+      slot_->square_sum_tiny += std::ldexp(squares, SQUARED_SCALE - 2 * exponent_);
     } else if (power > ORDINARY) {
-      cell_->square_sum_huge += std::ldexp(squares, -SQUARED_SCALE - 2 * exponent_);
+      slot_->square_sum_huge += std::ldexp(squares, -SQUARED_SCALE - 2 * exponent_);
     } else {
-      cell_->square_sum += std::ldexp(squares, -2 * exponent_);
+      slot_->square_sum += std::ldexp(squares, -2 * exponent_);
     }
   }
   // The squares of a block whose magnitudes no one scale suits.
@@ -221,16 +222,16 @@ class Measure {
       const double v = std::fabs(static_cast<double>(p[k]));
       if (!(v <= std::numeric_limits<double>::max())) continue;
       if (v > LARGEST_SQUARED) {
-        cell_->square_sum_huge += (v / SCALE) * (v / SCALE);
+        slot_->square_sum_huge += (v / SCALE) * (v / SCALE);
       } else if (v < SMALLEST_SQUARED) {
-        cell_->square_sum_tiny += (v * SCALE) * (v * SCALE);
+        slot_->square_sum_tiny += (v * SCALE) * (v * SCALE);
       } else {
-        cell_->square_sum += v * v;
+        slot_->square_sum += v * v;
       }
     }
   }
 
-  Cell* cell_;
+  Slot* slot_;
   Mode mode_;
   int exponent_ = 0;
   A scale_ = 1;
@@ -238,7 +239,7 @@ class Measure {
 
 // The statistics of p[0 .. count), for tensors that no kernel's loop has at hand.
 template <typename T>
-static void measure_array(const T* p, int64_t count, Cell& cell) {
-  Measure<T> measure(&cell);
+static void measure_array(const T* p, int64_t count, Slot& slot) {
+  Measure<T> measure(&slot);
   for_each_block(0, count, [&](int64_t first, int64_t last) { measure.add(p + first, last - first); });
 }

@@ -1,5 +1,5 @@
 // What layer_norm and add_layer_norm share outside their loops: arguments, shapes, and dweight and dbias as one pair of
-// accumulators a program, summed in the programs' order.
+// accumulators a task, summed in the tasks' order.
 #pragma once
 
 #include <ATen/ops/zeros.h>
@@ -22,12 +22,12 @@ struct NormBackward {
 
 template <typename TX>
 struct NormGradients {
-  // This program's column sums of its last rows, in columns that go on up to a multiple of COLUMN_PADDING; both or neither.
+  // This task's column sums of its last rows, in columns that go on up to a multiple of COLUMN_PADDING; both or neither.
   Acc<TX>*dweight, *dbias;
-  double *dweight_total, *dbias_total;  // of the rows before, N each; null where the program has few rows
-  Cell* cells;                          // this program's statistics: dy, dresidual, dx; null where nothing is measured
+  double *dweight_total, *dbias_total;  // of the rows before, N each; null where the task has few rows
+  Slot* slots;                          // this task's statistics: dy, dresidual, dx; null where nothing is measured
 
-  void fold_columns(int64_t N) const {
+  void merge_columns(int64_t N) const {
     for (int64_t k = 0; k < N; ++k) {
       dweight_total[k] += std::exchange(dweight[k], Acc<TX>(0));
       dbias_total[k] += std::exchange(dbias[k], Acc<TX>(0));
@@ -83,22 +83,22 @@ class Columns {
   const A* data_;
 };
 
-// dweight and dbias: one pair of accumulators a program, added up in the programs' order.
+// dweight and dbias: one pair of accumulators a task, added up in the tasks' order.
 template <typename TX>
 class ColumnSums {
  public:
-  ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t programs, bool wanted)
-      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), programs_(programs), wanted_(wanted) {
+  ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t tasks, bool wanted)
+      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), programs_(tasks), wanted_(wanted) {
     if (!wanted || !(weight || bias)) return;
-    recent_.resize(2 * programs * padded_);
-    if (M > ROWS_OF_A_SUM) total_.resize(2 * programs * N);
+    recent_.resize(2 * tasks * padded_);
+    if (M > ROWS_OF_A_SUM) total_.resize(2 * tasks * N);
   }
 
-  NormGradients<TX> of(int64_t program, Cell* cells) {
-    if (recent_.empty()) return {nullptr, nullptr, nullptr, nullptr, cells};
-    A* recent = recent_.data() + 2 * program * padded_;
-    double* total = total_.empty() ? nullptr : total_.data() + 2 * program * N_;
-    return {recent, recent + padded_, total, total ? total + N_ : nullptr, cells};
+  NormGradients<TX> of(int64_t task, Slot* slots) {
+    if (recent_.empty()) return {nullptr, nullptr, nullptr, nullptr, slots};
+    A* recent = recent_.data() + 2 * task * padded_;
+    double* total = total_.empty() ? nullptr : total_.data() + 2 * task * N_;
+    return {recent, recent + padded_, total, total ? total + N_ : nullptr, slots};
   }
 
   // (dweight, dbias) in the dtype of weight and bias, measured as stored; a tensor of no elements where not wanted.
@@ -131,7 +131,7 @@ class ColumnSums {
   const OptionalTensor &weight_, &bias_;
   int64_t N_, padded_, programs_;
   bool wanted_;
-  std::vector<A> recent_;  // of each program: dweight, dbias
+  std::vector<A> recent_;  // of each task: dweight, dbias
   std::vector<double> total_;
 };
 

@@ -3,7 +3,7 @@
 //   g = dy weight,  dx = rstd (g - sum(g) / N - x_hat sum(g x_hat) / N) [+ dresidual],
 //   dweight = sum_M(dy x_hat),  dbias = sum_M(dy)
 // Included inside namespace gk::GK_ISA after measure.h, once per instruction set; no include guard.
-// One program owns a contiguous range of rows and takes them ROWS at a time, so that the column accumulators are read
+// One task owns a contiguous range of rows and takes them ROWS at a time, so that the column accumulators are read
 // and written once for ROWS rows. weight, bias and the accumulators are float (double for double tensors), and go on behind the
 // last column in whole vectors: see Columns.
 // TX is the dtype of x and dx, TY that of y and dy; they differ only for a float32 residual stream.
@@ -46,7 +46,7 @@ struct RowSums {
   Pair<A> recent[R]{};
   double total[R]{};
 
-  GK_INLINE void fold() {
+  GK_INLINE void merge_partials() {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       total[r] += static_cast<double>(sum<A>(recent[r]));
@@ -70,7 +70,7 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) sums.recent[r] += access.load(x + r * N + k);
     });
-    sums.fold();
+    sums.merge_partials();
   }
   for (int r = 0; r < R; ++r) centre[r] = broadcast<A>(static_cast<A>(sums.total[r] * one_column));
   for (int64_t begin = 0; begin == 0 || begin < row.whole; begin += CHUNK) {
@@ -82,8 +82,8 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
         second.recent[r] += d * d;
       }
     });
-    first.fold();
-    second.fold();
+    first.merge_partials();
+    second.merge_partials();
   }
   for (int r = 0; r < R; ++r) {
     const A correction = static_cast<A>(first.total[r] * one_column);
@@ -103,7 +103,7 @@ static GK_INLINE void norm_fwd_rows(const TX* x, TY* y, const Acc<TX>* weight, c
   });
 }
 
-// What is measured of a program: dy, dresidual, dx.
+// What is measured of a task: dy, dresidual, dx.
 template <typename TX, typename TY>
 struct NormMeasures {
   Measure<TY> dy;
@@ -151,8 +151,8 @@ static GK_INLINE void norm_bwd_sums(const TY* dy_ptr, const TX* x_ptr, const Acc
         access.store_column(out.dweight + k, column_dyx);
       }
     });
-    sum_g.fold();
-    sum_gx.fold();
+    sum_g.merge_partials();
+    sum_gx.merge_partials();
   }
   sums.dy = sums_dy;
   for (int r = 0; r < R; ++r) {
@@ -204,7 +204,7 @@ static GK_INLINE int64_t end_of_room(int64_t N, int64_t begin, int64_t end) {
   return std::max(begin, end - (WIDTH<Acc<T>> + N - 1) / N);
 }
 
-// The rows [first, last), between two folds; those from `end_roomy` on have no room. Short rows are taken ROWS neighbours at a
+// The rows [first, last), between two merges; those from `end_roomy` on have no room. Short rows are taken ROWS neighbours at a
 // time. Of longer ones each is in a part of the block of its own, whose memory is then read from one end to the other: that is
 // what a CPU fetches ahead, and it fetches less of two rows side by side.
 template <typename TX, typename TY, bool RESIDUAL, bool COLUMNS, Mode MODE>
@@ -220,9 +220,9 @@ static void norm_bwd_block(const NormBackward<TX, TY>& p, int64_t first, int64_t
   for (int64_t row = first + ROWS * turns; row < last; ++row)
     norm_bwd_rows<TX, TY, 1, RESIDUAL, COLUMNS, MODE>(p, row, 0, crowded, out, sums);
   if (MODE == OFF) return;
-  measures.dy.fold(MODE, sums.dy, p.dy + offset, count);
-  if (RESIDUAL) measures.dresidual.fold(MODE, sums.dresidual, p.dresidual + offset, count);
-  measures.dx.fold(MODE, sums.dx, p.dx + offset, count);
+  measures.dy.merge_partials(MODE, sums.dy, p.dy + offset, count);
+  if (RESIDUAL) measures.dresidual.merge_partials(MODE, sums.dresidual, p.dresidual + offset, count);
+  measures.dx.merge_partials(MODE, sums.dx, p.dx + offset, count);
 }
 
 template <typename TX, typename TY, bool RESIDUAL, bool COLUMNS>
@@ -231,23 +231,23 @@ static void norm_bwd_range(const NormBackward<TX, TY>& p, int64_t begin, int64_t
   const int64_t additions = N / STEP<TX> + (N % STEP<TX> ? 2 : 0);  // to a lane, of one row
   // Rows of a few vectors, and those too long for one sum in float, are measured behind the loop.
   const bool in_loop = N >= 2 * STEP<TX> && ROWS * additions <= 512;
-  const int64_t most = in_loop ? 256 / additions : std::min(ROWS_OF_A_SUM, FOLD / std::max<int64_t>(1, N));
+  const int64_t most = in_loop ? 256 / additions : std::min(ROWS_OF_A_SUM, MERGE_INTERVAL / std::max<int64_t>(1, N));
   const int64_t rows = std::max(ROWS, most / ROWS * ROWS);
   static constexpr decltype(&norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, OFF>) blocks[] = {
       norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, OFF>, norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, FAST>,
       norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, FINITE>, norm_bwd_block<TX, TY, RESIDUAL, COLUMNS, SCALED>};
-  const auto cell = [&](int port) { return out.cells ? out.cells + port : nullptr; };
-  NormMeasures<TX, TY> measures{Measure<TY>(cell(0)), Measure<TX>(RESIDUAL ? cell(1) : nullptr), Measure<TX>(cell(2))};
+  const auto slot = [&](int port) { return out.slots ? out.slots + port : nullptr; };
+  NormMeasures<TX, TY> measures{Measure<TY>(slot(0)), Measure<TX>(RESIDUAL ? slot(1) : nullptr), Measure<TX>(slot(2))};
   for (int64_t first = begin, last; first < end; first = last) {
     last = std::min(end, first + (first == begin ? std::max(ROWS, rows / 8 / ROWS * ROWS) : rows));
     blocks[in_loop ? measures.mode() : OFF](p, first, last, end_roomy, out, measures);
-    if (out.cells && !in_loop) {
+    if (out.slots && !in_loop) {
       const int64_t offset = first * N, count = (last - first) * N;
       measures.dy.add(p.dy + offset, count);
       if (RESIDUAL) measures.dresidual.add(p.dresidual + offset, count);
       measures.dx.add(p.dx + offset, count);
     }
-    if (COLUMNS && out.dweight_total && (last - begin) / ROWS_OF_A_SUM != (first - begin) / ROWS_OF_A_SUM) out.fold_columns(N);
+    if (COLUMNS && out.dweight_total && (last - begin) / ROWS_OF_A_SUM != (first - begin) / ROWS_OF_A_SUM) out.merge_columns(N);
   }
 }
 
@@ -258,7 +258,7 @@ static void norm_bwd(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, 
   range(p, begin, end, out);
 }
 
-// Rows [begin, end) of a program's rows that end at `end_of_program`.
+// Rows [begin, end) of a task's rows that end at `end_of_program`.
 template <typename TX, typename TY>
 static void norm_fwd(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, double eps, int64_t N, int64_t begin,
                      int64_t end, int64_t end_of_program, Acc<TX>* mean, Acc<TX>* rstd) {

@@ -1,5 +1,5 @@
 // The statistics of one gradient that no fused backward holds in registers: one read, nothing written.
-// One program owns a contiguous range of elements, read in blocks of FOLD.
+// One task owns a contiguous range of elements, read in blocks of POINTWISE_BLOCK.
 #include "checks.h"
 
 #define GK_SOURCE "probe.cpp"
@@ -18,17 +18,17 @@ namespace gk {
 void measure(const Tensor& gradient_any, const Tensor& stats, int64_t port) {
   const Tensor gradient = dense(gradient_any);
   const int64_t num_blocks = (gradient.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;
-  const int64_t programs = num_programs(num_blocks, POINTWISE_BLOCK);
-  std::vector<Cell> cells(programs);
+  const int64_t tasks = num_tasks(num_blocks, POINTWISE_BLOCK);
+  std::vector<Slot> slots(tasks);
   GK_DISPATCH(gradient.scalar_type(), "probe_bwd", [&] {
     const auto* p = gradient.const_data_ptr<scalar_t>();
-    for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
+    for_each_task(tasks, num_blocks, [&](int64_t task, int64_t begin, int64_t end) {
       const int64_t first = begin * POINTWISE_BLOCK, last = std::min(gradient.numel(), end * POINTWISE_BLOCK);
       const auto loop = GK_CHOOSE((measure_array<scalar_t>));
-      loop(p + first, last - first, cells[program]);
+      loop(p + first, last - first, slots[task]);
     });
   });
-  record(stats, port, cells.data(), 1, programs, gradient.numel());
+  record(stats, port, slots.data(), 1, tasks, gradient.numel());
 }
 
 void probe_bwd(const Tensor& dy, Tensor& stats, int64_t port) {

@@ -1,5 +1,5 @@
 // The fork of a residual connection: backward adds the gradients of the skip and of the branch, dx = dskip + dbranch.
-// One program owns a contiguous range of elements, read in blocks of FOLD.
+// One task owns a contiguous range of elements, read in blocks of POINTWISE_BLOCK.
 #include "checks.h"
 
 #define GK_SOURCE "residual.cpp"
@@ -23,18 +23,18 @@ static void fork_block(const T* dskip, const T* dbranch, T* dx, int64_t count, M
     sums_dx.template add<MODE>(access, dx + k, scale_dx);
   });
   if (MODE == OFF) return;
-  measures[0].fold(MODE, sums_skip, dskip, count);
-  measures[1].fold(MODE, sums_branch, dbranch, count);
-  measures[2].fold(MODE, sums_dx, dx, count);
+  measures[0].merge_partials(MODE, sums_skip, dskip, count);
+  measures[1].merge_partials(MODE, sums_branch, dbranch, count);
+  measures[2].merge_partials(MODE, sums_dx, dx, count);
 }
 
-// cells: for dskip, dbranch and dx; null where nothing is measured.
+// slots: for dskip, dbranch and dx; null where nothing is measured.
 template <typename T>
-static void residual_bwd(const T* dskip, const T* dbranch, T* dx, int64_t begin, int64_t end, Cell* cells) {
+static void residual_bwd(const T* dskip, const T* dbranch, T* dx, int64_t begin, int64_t end, Slot* slots) {
   static constexpr decltype(&fork_block<T, OFF>) blocks[] = {fork_block<T, OFF>, fork_block<T, FAST>, fork_block<T, FINITE>,
                                                              fork_block<T, SCALED>};
-  const auto cell = [&](int port) { return cells ? cells + port : nullptr; };
-  Measure<T> measures[] = {Measure<T>(cell(0)), Measure<T>(cell(1)), Measure<T>(cell(2))};
+  const auto slot = [&](int port) { return slots ? slots + port : nullptr; };
+  Measure<T> measures[] = {Measure<T>(slot(0)), Measure<T>(slot(1)), Measure<T>(slot(2))};
   for_each_block(begin, end, [&](int64_t first, int64_t last) {
     const Mode mode = std::max({measures[0].mode(), measures[1].mode(), measures[2].mode()});
     blocks[mode](dskip + first, dbranch + first, dx + first, last - first, measures);
@@ -64,16 +64,16 @@ Tensor residual_bwd(const OptionalTensor& dskip_any, const OptionalTensor& dbran
   const Tensor dskip = dense(*dskip_any), dbranch = with_strides_of(dskip, *dbranch_any);
   Tensor dx = at::empty_like(dskip);
   const int64_t num_blocks = (dx.numel() + POINTWISE_BLOCK - 1) / POINTWISE_BLOCK;
-  const int64_t programs = num_programs(num_blocks, POINTWISE_BLOCK);
-  std::vector<Cell> cells(3 * programs);
+  const int64_t tasks = num_tasks(num_blocks, POINTWISE_BLOCK);
+  std::vector<Slot> slots(3 * tasks);
   GK_DISPATCH(dx.scalar_type(), "residual_bwd", [&] {
-    for_each_program(programs, num_blocks, [&](int64_t program, int64_t begin, int64_t end) {
+    for_each_task(tasks, num_blocks, [&](int64_t task, int64_t begin, int64_t end) {
       const auto loop = GK_CHOOSE((residual_bwd<scalar_t>));
       loop(dskip.const_data_ptr<scalar_t>(), dbranch.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(),
-           begin * POINTWISE_BLOCK, std::min(dx.numel(), end * POINTWISE_BLOCK), stats ? &cells[3 * program] : nullptr);
+           begin * POINTWISE_BLOCK, std::min(dx.numel(), end * POINTWISE_BLOCK), stats ? &slots[3 * task] : nullptr);
     });
   });
-  for (int64_t port = 0; port < 3; ++port) record(stats, port, cells.data() + port, 3, programs, dx.numel());
+  for (int64_t port = 0; port < 3; ++port) record(stats, port, slots.data() + port, 3, tasks, dx.numel());
   return dx;
 }
 

@@ -13,22 +13,22 @@ void add_row(const Tensor& row_any, Tensor& stats, int64_t port) {
   TORCH_CHECK_VALUE(row_any.dim() == 1 && row_any.size(0) == stats.size(2), "add_row: row must have shape (8,), got ",
                     row_any.sizes());
   const Tensor row = row_any.contiguous();
-  record(stats, port, *reinterpret_cast<const Cell*>(row.const_data_ptr<double>()));
+  record(stats, port, *reinterpret_cast<const Slot*>(row.const_data_ptr<double>()));
 }
 
 void take_rows(Tensor& stats, Tensor& result) {
   check_stats("take_rows", stats, stats.dim() ? stats.size(0) : 0);
-  const int64_t num_rows = stats.size(0), num_cells = stats.size(1);
+  const int64_t num_rows = stats.size(0), num_slots = stats.size(1);
   check("take_rows", "rows", result, {num_rows, stats.size(2)}, at::kDouble);
   check_contiguous("take_rows", "rows", result);
   const std::lock_guard<std::mutex> lock(tables_mutex);
-  auto* rows = reinterpret_cast<Cell*>(result.mutable_data_ptr<double>());
-  auto* cells = reinterpret_cast<Cell*>(stats.mutable_data_ptr<double>());
+  auto* rows = reinterpret_cast<Slot*>(result.mutable_data_ptr<double>());
+  auto* slots = reinterpret_cast<Slot*>(stats.mutable_data_ptr<double>());
   for (int64_t r = 0; r < num_rows; ++r) {
-    rows[r] = Cell();
-    for (int64_t c = 0; c < num_cells; ++c) rows[r].merge(cells[r * num_cells + c]);
+    rows[r] = Slot();
+    for (int64_t c = 0; c < num_slots; ++c) rows[r].merge(slots[r * num_slots + c]);
   }
-  std::fill(cells, cells + num_rows * num_cells, Cell());
+  std::fill(slots, slots + num_rows * num_slots, Slot());
 }
 
 void add_steps(const double* rows, int64_t num_steps, const Tensor& time_stats) {

@@ -30,11 +30,11 @@ __global__ void __launch_bounds__(THREADS, 1) lstm_recurrence_bwd_kernel(const _
   recurrence_backward<T, M, LOCAL, TELEMETRY>(p);
 }
 
-// One thread a (step, program).
+// One thread a (step, block).
 __global__ void lstm_recurrence_align_kernel(const __grid_constant__ Backward p, int32_t* exponents) {
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int programs = p.recurrence.tiling.programs();
-  if (index < p.recurrence.T * programs) align_sums(p, index / programs, static_cast<int>(index % programs), exponents);
+  const int num_blocks = p.recurrence.tiling.num_blocks();
+  if (index < p.recurrence.T * num_blocks) align_sums(p, index / num_blocks, static_cast<int>(index % num_blocks), exponents);
 }
 
 static void check(cudaError_t error, const char* what) {
@@ -82,7 +82,7 @@ static Tiling tiling_on(int device, int64_t B, int64_t H, bool half, bool backwa
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes),
           "cudaFuncSetAttribute");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, THREADS, p.shared_bytes), "occupancy");
-    if (p.local ? resident < 1 : resident * limits.sms < p.programs()) return {};
+    if (p.local ? resident < 1 : resident * limits.sms < p.num_blocks()) return {};
   }
   return p;
 }
@@ -94,12 +94,12 @@ std::array<int64_t, 2> recurrence_on_device(int device, int64_t B, int64_t H, co
   STD_TORCH_CHECK(num_concurrent > 0, "recurrence_on_device: num_concurrent must be positive, got ", num_concurrent);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tiling p = tiling_on(device, B, H, dtype == "float16", backward, num_concurrent);
-  return {p.M == 0 ? 0 : p.programs(), p.cycles};
+  return {p.M == 0 ? 0 : p.num_blocks(), p.cycles};
 }
 
 std::array<int64_t, 4> recurrence_tiling(int64_t B, int64_t H, bool backward, int sms, int shared_bytes) {
   const Tiling p = choose_tiling(B, H, backward, {sms, shared_bytes});
-  return {p.M == 0 ? 0 : p.programs(), p.units, p.rows(), p.shared_bytes};
+  return {p.M == 0 ? 0 : p.num_blocks(), p.units, p.rows(), p.shared_bytes};
 }
 
 static void check_tensor(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
@@ -128,7 +128,7 @@ class Launch {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     const int64_t double_buffer = tiling.local ? 0 : int64_t{2} * tiling.groups * tiling.buffer_vectors,
-                  flags = 2 * tiling.programs();
+                  flags = 2 * tiling.num_blocks();
     scratch_ = torch::stable::new_empty(gates, {2 * double_buffer + flags}, ScalarType::Long);
     auto* vectors = static_cast<Vector16*>(scratch_.mutable_data_ptr());
     check(cudaMemsetAsync(vectors, 0, 16 * double_buffer + 8 * flags, stream_), "cudaMemsetAsync");
@@ -142,7 +142,7 @@ class Launch {
   void run(const Arguments& arguments, bool telemetry) {
     void* list[] = {const_cast<Arguments*>(&arguments)};
     const void* kernel = kernel_of(recurrence.tiling, half_, backward_, telemetry);
-    const dim3 blocks(recurrence.tiling.programs()), threads(THREADS);
+    const dim3 blocks(recurrence.tiling.num_blocks()), threads(THREADS);
     const size_t shared = recurrence.tiling.shared_bytes;
     check(recurrence.tiling.local ? cudaLaunchKernel(kernel, blocks, threads, list, shared, stream_)
                                   : cudaLaunchCooperativeKernel(kernel, blocks, threads, list, shared, stream_),
@@ -223,13 +223,13 @@ void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_
   check_tensor("dgates", dgates, dtype, {rows, 4 * H});
   if (dy) check_tensor("dy", *dy, dtype, {rows, H});
   Launch launch(gates, weight_hh, B, batch_sizes, reverse, true, num_concurrent);
-  const int64_t T = launch.recurrence.T, programs = launch.recurrence.tiling.programs(),
+  const int64_t T = launch.recurrence.T, num_blocks = launch.recurrence.tiling.num_blocks(),
                 groups = launch.recurrence.tiling.groups;
   STD_TORCH_CHECK(partials.has_value() == exponents.has_value(),
                   "lstm_recurrence: partials and exponents must be given together");
   STD_TORCH_CHECK(carried_state ? !batch_sizes : !continues_from && !continues_to,
                   "lstm_recurrence: chunks must be padded, and have a carried_state");
-  if (carried_state) check_tensor("carried_state", *carried_state, ScalarType::Int, {programs, 2});
+  if (carried_state) check_tensor("carried_state", *carried_state, ScalarType::Int, {num_blocks, 2});
   Backward p{launch.recurrence,
              pointer<uint16_t>(weight_hh),
              dy ? pointer<uint16_t>(*dy) : nullptr,
@@ -245,14 +245,14 @@ void lstm_recurrence_bwd(OptionalTensor dy, Tensor dh, Tensor dc, Tensor weight_
              continues_from,
              continues_to};
   if (!partials) return launch.run(p, false);
-  check_tensor("partials", *partials, ScalarType::Double, {T, programs, NUM_SUMS});
+  check_tensor("partials", *partials, ScalarType::Double, {T, num_blocks, NUM_SUMS});
   check_tensor("exponents", *exponents, ScalarType::Int, {T});
   const Tensor of_groups = groups > 1 ? torch::stable::new_empty(*exponents, {groups, T}, ScalarType::Int) : *exponents;
   p.partials = writable<double>(*partials);
   p.exponents = writable<int32_t>(of_groups);
   launch.run(p, true);
   if (groups == 1) return;
-  lstm_recurrence_align_kernel<<<divide_up(T * programs, 256), 256, 0, launch.stream()>>>(p, writable<int32_t>(*exponents));
+  lstm_recurrence_align_kernel<<<divide_up(T * num_blocks, 256), 256, 0, launch.stream()>>>(p, writable<int32_t>(*exponents));
   check(cudaGetLastError(), "launch");
 }
 

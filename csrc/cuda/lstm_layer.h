@@ -13,7 +13,7 @@ namespace gk {
 std::array<int64_t, 2> recurrence_on_device(int device, int64_t B, int64_t H, const std::string& dtype, bool backward,
                                             int64_t num_concurrent);
 
-// (programs, units and batch rows of a block, its shared memory in bytes) on a device of `sms` multiprocessors whose blocks may
+// (blocks, units and batch rows of a block, its shared memory in bytes) on a device of `sms` multiprocessors whose blocks may
 // have `shared_bytes`: what the launcher would tiling there.
 std::array<int64_t, 4> recurrence_tiling(int64_t B, int64_t H, bool backward, int sms, int shared_bytes);
 

@@ -78,13 +78,13 @@ struct Memory {
 };
 
 // One (unit, batch row) pair that a thread owns, and where it finds its parts.
-struct Cell {
+struct UnitRow {
   int unit, row;
   bool there;
   int sums, double_buffer;  // offsets: of its first sum in its row tile's, and of its first element in an exchange buffer
 
   // `rows`: of the product, a unit. Forward rows are [8 units][gate][unit], so gate g is 8 g rows further.
-  GK_DEVICE Cell(const Recurrence& w, const ThreadCoordinates& place, int index, bool backward) {
+  GK_DEVICE UnitRow(const Recurrence& w, const ThreadCoordinates& place, int index, bool backward) {
     const Tiling& p = w.tiling;
     const int local = device::thread() + index * THREADS, u = local & (p.units - 1), b = local / p.units;
     unit = place.slice * p.units + u;
@@ -232,10 +232,10 @@ struct Stationary {
 };
 
 // The sum over the k warps of row `row` (counted from the cell's own) of the product.
-GK_DEVICE float sum_at(const Tiling& p, const float* sums, const Cell& cell, int row) {
+GK_DEVICE float sum_at(const Tiling& p, const float* sums, const UnitRow& unit_row, int row) {
   const int stride = p.sum_bytes / (4 * p.k_warps);
   float total = 0;
-  for (int k = 0; k < p.k_warps; ++k) total += sums[k * stride + cell.sums + row * COLUMNS];
+  for (int k = 0; k < p.k_warps; ++k) total += sums[k * stride + unit_row.sums + row * COLUMNS];
   return total;
 }
 

@@ -18,7 +18,7 @@ struct Backward {
   const float *c0, *gates, *cells;
   float *dh, *dc;  // (B, H): dh_n and dc_n on entry, dh0 and dc0 on return
   uint16_t* dgates;
-  double* partials;    // (T, programs, NUM_SUMS); null without telemetry
+  double* partials;    // (T, blocks, NUM_SUMS); null without telemetry
   int32_t* exponents;  // (groups, T) of each step's scale; null without telemetry
   // A recurrence may be cut into chunks of steps of B rows, a launch each. (groups, 2) or longer: the exponent of the scale in
   // which dh and dc pass from one to the next, and the code of the largest magnitude, so that bits are those of one recurrence.
@@ -67,35 +67,36 @@ struct Scale {
 };
 
 // A thread's cells: what is carried, what a step reads, what it leaves.
-template <typename T, int CELLS>
+template <typename T, int UNIT_ROWS>
 struct BackwardCells {
-  float dh[CELLS], dc[CELLS];  // dh: of the sequence's end, until the cell is alive
-  float gates[CELLS][4], c[CELLS], c_before[CELLS], dy[CELLS], dy_next[CELLS];
-  float total[CELLS], total_dc[CELLS], recurrent[CELLS], dg[CELLS][4];
+  float dh[UNIT_ROWS], dc[UNIT_ROWS];  // dh: of the sequence's end, until the cell is alive
+  float gates[UNIT_ROWS][4], c[UNIT_ROWS], c_before[UNIT_ROWS], dy[UNIT_ROWS], dy_next[UNIT_ROWS];
+  float total[UNIT_ROWS], total_dc[UNIT_ROWS], recurrent[UNIT_ROWS], dg[UNIT_ROWS][4];
 
   GK_DEVICE void load_dy(const Backward& p, const ThreadCoordinates& place, const Step& next) {
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
       dy[i] = dy_next[i];
       dy_next[i] = 0;
-      if (!p.dy || !cell.there || cell.row >= next.rows) continue;
-      dy_next[i] = device::upcast(T{p.dy[(next.first + cell.row) * p.recurrence.H + cell.unit]});
+      if (!p.dy || !unit_row.there || unit_row.row >= next.rows) continue;
+      dy_next[i] = device::upcast(T{p.dy[(next.first + unit_row.row) * p.recurrence.H + unit_row.unit]});
     }
   }
 
   GK_DEVICE void load(const Backward& p, const ThreadCoordinates& place, const Step& step, const Step& earlier) {
     const int64_t H = p.recurrence.H;
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
-      if (!cell.there || cell.row >= step.rows) continue;
-      const int64_t row = step.first + cell.row;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
+      if (!unit_row.there || unit_row.row >= step.rows) continue;
+      const int64_t row = step.first + unit_row.row;
       GK_UNROLL
-      for (int gate = 0; gate < 4; ++gate) gates[i][gate] = p.gates[(row * 4 + gate) * H + cell.unit];
-      c[i] = p.cells[row * H + cell.unit];
-      const bool rows_with_predecessor = cell.row < earlier.rows;
-      c_before[i] = (rows_with_predecessor ? p.cells + (earlier.first + cell.row) * H : p.c0 + cell.row * H)[cell.unit];
+      for (int gate = 0; gate < 4; ++gate) gates[i][gate] = p.gates[(row * 4 + gate) * H + unit_row.unit];
+      c[i] = p.cells[row * H + unit_row.unit];
+      const bool rows_with_predecessor = unit_row.row < earlier.rows;
+      c_before[i] =
+          (rows_with_predecessor ? p.cells + (earlier.first + unit_row.row) * H : p.c0 + unit_row.row * H)[unit_row.unit];
     }
   }
 
@@ -104,11 +105,11 @@ struct BackwardCells {
                                   int64_t active_rows) const {
     uint32_t result = 0;
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
-      if (!cell.there || cell.row >= next.rows) continue;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
+      if (!unit_row.there || unit_row.row >= next.rows) continue;
       result = larger(result, dy_next[i]);
-      if (cell.row >= active_rows) result = larger(larger(result, dh[i]), dc[i]);
+      if (unit_row.row >= active_rows) result = larger(larger(result, dh[i]), dc[i]);
     }
     return result;
   }
@@ -124,13 +125,13 @@ struct BackwardCells {
                                float last_back, const Step& step, int64_t active_rows, Vector16* double_buffer) {
     uint32_t max_abs = 0;
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
-      if (!cell.there) continue;
-      const bool carried = cell.row < active_rows;
-      const float before = carried ? sum_at(p.recurrence.tiling, memory.sums, cell, 0) : dh[i];
-      if (cell.row >= step.rows) {
-        if (carried) leave_loop(p, cell, i, before, last_back);
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
+      if (!unit_row.there) continue;
+      const bool carried = unit_row.row < active_rows;
+      const float before = carried ? sum_at(p.recurrence.tiling, memory.sums, unit_row, 0) : dh[i];
+      if (unit_row.row >= step.rows) {
+        if (carried) leave_loop(p, unit_row, i, before, last_back);
         continue;
       }
       const float factor = carried ? scale.carried : scale.scale_in;
@@ -152,7 +153,7 @@ struct BackwardCells {
       GK_UNROLL
       for (int gate = 0; gate < 4; ++gate) device::narrow(dg[i][gate], v[gate]);
       const Pairs pairs = {v[0].bits | uint32_t{v[1].bits} << 16, v[2].bits | uint32_t{v[3].bits} << 16};
-      *reinterpret_cast<Pairs*>(reinterpret_cast<uint16_t*>(double_buffer) + cell.double_buffer) = pairs;
+      *reinterpret_cast<Pairs*>(reinterpret_cast<uint16_t*>(double_buffer) + unit_row.double_buffer) = pairs;
     }
     return max_abs;
   }
@@ -161,35 +162,35 @@ struct BackwardCells {
   GK_DEVICE void resume(const Backward& p, const ThreadCoordinates& place, float* sums) const {
     const Tiling& tiling = p.recurrence.tiling;
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
-      for (int k = 0; cell.there && k < tiling.k_warps; ++k) {
-        sums[k * (tiling.sum_bytes / (4 * tiling.k_warps)) + cell.sums] = k == 0 ? dh[i] : 0.0f;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
+      for (int k = 0; unit_row.there && k < tiling.k_warps; ++k) {
+        sums[k * (tiling.sum_bytes / (4 * tiling.k_warps)) + unit_row.sums] = k == 0 ? dh[i] : 0.0f;
       }
     }
   }
 
   // A row leaves the time loop: what it carries is the gradient of its initial state.
-  GK_DEVICE void leave_loop(const Backward& p, const Cell& cell, int i, float before, float unscale) const {
-    p.dh[cell.row * p.recurrence.H + cell.unit] = before * unscale;
-    p.dc[cell.row * p.recurrence.H + cell.unit] = dc[i] * unscale;
+  GK_DEVICE void leave_loop(const Backward& p, const UnitRow& unit_row, int i, float before, float unscale) const {
+    p.dh[unit_row.row * p.recurrence.H + unit_row.unit] = before * unscale;
+    p.dc[unit_row.row * p.recurrence.H + unit_row.unit] = dc[i] * unscale;
   }
 
   GK_DEVICE void store(const Backward& p, const ThreadCoordinates& place, const Step& step, float unscale) const {
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
-      if (!cell.there || cell.row >= step.rows) continue;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
+      if (!unit_row.there || unit_row.row >= step.rows) continue;
       GK_UNROLL
       for (int gate = 0; gate < 4; ++gate) {
         T v;
         device::narrow(dg[i][gate] * unscale, v);
-        p.dgates[((step.first + cell.row) * 4 + gate) * p.recurrence.H + cell.unit] = v.bits;
+        p.dgates[((step.first + unit_row.row) * 4 + gate) * p.recurrence.H + unit_row.unit] = v.bits;
       }
     }
   }
 
-  // The sums of this warp over its cells of one step, into the head. Squares in float64: no float32 is too small for it, nor is
+  // The sums of this warp over its pairs of one step, into the head. Squares in float64: no float32 is too small for it, nor is
   // what has come through W_hh, in its own scale, beside a dy that is 1e150 times as large.
   GK_DEVICE void measure(const Backward& p, const ThreadCoordinates& place, const Step& step, int exponent_delta,
                          SharedHeader* head) const {
@@ -197,9 +198,9 @@ struct BackwardCells {
     float forget = 0;
     uint32_t counts[2] = {0, 0};  // a byte a count: a warp has at most 32 x 4 cells
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, true);
-      if (!cell.there || cell.row >= step.rows) continue;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, true);
+      if (!unit_row.there || unit_row.row >= step.rows) continue;
       squares[0] += static_cast<double>(total[i]) * total[i];
       squares[1] += static_cast<double>(total_dc[i]) * total_dc[i];
       squares[2] += static_cast<double>(recurrent[i]) * recurrent[i];
@@ -238,12 +239,12 @@ GK_DEVICE void store_sums(const Backward& p, int64_t t, const SharedHeader* head
       total += head->forget[warp];
     }
   }
-  p.partials[(t * p.recurrence.tiling.programs() + device::block()) * NUM_SUMS + k] = total;
+  p.partials[(t * p.recurrence.tiling.num_blocks() + device::block()) * NUM_SUMS + k] = total;
 }
 
 template <typename T, int M, bool LOCAL, bool TELEMETRY>
 GK_DEVICE void recurrence_backward(const Backward& p) {
-  constexpr int CELLS = LOCAL ? CELLS_LOCAL : CELLS_GRID;
+  constexpr int UNIT_ROWS = LOCAL ? CELLS_LOCAL : CELLS_GRID;
   const Recurrence& w = p.recurrence;
   const Tiling& tiling = w.tiling;
   const ThreadCoordinates place(tiling);
@@ -260,12 +261,12 @@ GK_DEVICE void recurrence_backward(const Backward& p) {
   }
   const auto step_back_at = [&](int64_t n) { return step_at(w, w.reverse ? n : w.T - 1 - n); };
 
-  BackwardCells<T, CELLS> cells;
+  BackwardCells<T, UNIT_ROWS> cells;
   GK_UNROLL
-  for (int i = 0; i < CELLS; ++i) {
-    const Cell cell(w, place, i, true);
-    cells.dh[i] = cell.there ? p.dh[cell.row * w.H + cell.unit] : 0.0f;
-    cells.dc[i] = cell.there ? p.dc[cell.row * w.H + cell.unit] : 0.0f;
+  for (int i = 0; i < UNIT_ROWS; ++i) {
+    const UnitRow unit_row(w, place, i, true);
+    cells.dh[i] = unit_row.there ? p.dh[unit_row.row * w.H + unit_row.unit] : 0.0f;
+    cells.dc[i] = unit_row.there ? p.dc[unit_row.row * w.H + unit_row.unit] : 0.0f;
     cells.dy_next[i] = 0;
   }
   Step step = step_back_at(0), next = step_back_at(1);
@@ -314,26 +315,27 @@ GK_DEVICE void recurrence_backward(const Backward& p) {
   }
   const float unscale = p.continues_to ? 1.0f : scale.unscale;
   GK_UNROLL
-  for (int i = 0; i < CELLS; ++i) {
-    const Cell cell(w, place, i, true);
-    if (cell.there && cell.row < active_rows) cells.leave_loop(p, cell, i, sum_at(tiling, memory.sums, cell, 0), unscale);
+  for (int i = 0; i < UNIT_ROWS; ++i) {
+    const UnitRow unit_row(w, place, i, true);
+    if (unit_row.there && unit_row.row < active_rows)
+      cells.leave_loop(p, unit_row, i, sum_at(tiling, memory.sums, unit_row, 0), unscale);
   }
 }
 
 // The groups' statistics of one step in one scale, the least of them: what would be lost is nothing beside the largest.
-// One call a (step, program).
-GK_DEVICE void align_sums(const Backward& p, int64_t t, int program, int32_t* exponents) {
-  const int groups = p.recurrence.tiling.groups, group = program / p.recurrence.tiling.slices;
+// One call a (step, block).
+GK_DEVICE void align_sums(const Backward& p, int64_t t, int block, int32_t* exponents) {
+  const int groups = p.recurrence.tiling.groups, group = block / p.recurrence.tiling.slices;
   int least = NOTHING;
   for (int other = 0; other < groups; ++other) {
     const int exponent = p.exponents[other * p.recurrence.T + t];
     least = exponent < least ? exponent : least;
   }
   const int own = p.exponents[group * p.recurrence.T + t];
-  if (program == 0) exponents[t] = least == NOTHING ? 0 : least;
+  if (block == 0) exponents[t] = least == NOTHING ? 0 : least;
   if (own == NOTHING || own == least) return;
   const double factor = ldexp(1.0, 2 * (least - own));
-  for (int k = 0; k < NUM_NORMS; ++k) p.partials[(t * p.recurrence.tiling.programs() + program) * NUM_SUMS + k] *= factor;
+  for (int k = 0; k < NUM_NORMS; ++k) p.partials[(t * p.recurrence.tiling.num_blocks() + block) * NUM_SUMS + k] *= factor;
 }
 
 }  // namespace gk

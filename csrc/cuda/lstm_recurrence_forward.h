@@ -16,17 +16,17 @@ struct Forward {
 GK_DEVICE float sigmoid(float x) { return device::reciprocal(1.0f + device::exponential(-x)); }
 
 // A thread's cells: state, what the next step takes, and what the last one left to be stored.
-template <int CELLS>
+template <int UNIT_ROWS>
 struct ForwardCells {
-  float c[CELLS], x[CELLS][4];
-  uint16_t h[CELLS];
+  float c[UNIT_ROWS], x[UNIT_ROWS][4];
+  uint16_t h[UNIT_ROWS];
 
   GK_DEVICE void load(const Forward& p, const ThreadCoordinates& place, const Step& step) {
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, false);
-      if (!cell.there || cell.row >= step.rows) continue;
-      const float* source = p.gates + (step.first + cell.row) * 4 * p.recurrence.H + cell.unit;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, false);
+      if (!unit_row.there || unit_row.row >= step.rows) continue;
+      const float* source = p.gates + (step.first + unit_row.row) * 4 * p.recurrence.H + unit_row.unit;
       GK_UNROLL
       for (int gate = 0; gate < 4; ++gate) x[i][gate] = source[gate * p.recurrence.H];
     }
@@ -34,23 +34,24 @@ struct ForwardCells {
 
   GK_DEVICE void store(const Forward& p, const ThreadCoordinates& place, const Step& step) const {
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(p.recurrence, place, i, false);
-      if (!cell.there || cell.row >= step.rows) continue;
-      const int64_t row = step.first + cell.row;
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(p.recurrence, place, i, false);
+      if (!unit_row.there || unit_row.row >= step.rows) continue;
+      const int64_t row = step.first + unit_row.row;
       GK_UNROLL
-      for (int gate = 0; gate < 4; ++gate) p.gates[(row * 4 + gate) * p.recurrence.H + cell.unit] = x[i][gate];
-      p.cells[row * p.recurrence.H + cell.unit] = c[i];
-      p.y[row * p.recurrence.H + cell.unit] = h[i];
+      for (int gate = 0; gate < 4; ++gate) p.gates[(row * 4 + gate) * p.recurrence.H + unit_row.unit] = x[i][gate];
+      p.cells[row * p.recurrence.H + unit_row.unit] = c[i];
+      p.y[row * p.recurrence.H + unit_row.unit] = h[i];
     }
   }
 };
 
 // One step of one cell: x becomes the activated gates, c and h the new state.
 template <typename T>
-GK_DEVICE void forward_cell(const Tiling& tiling, const float* sums, const Cell& cell, float (&x)[4], float& c, uint16_t& h) {
+GK_DEVICE void forward_cell(const Tiling& tiling, const float* sums, const UnitRow& unit_row, float (&x)[4], float& c,
+                            uint16_t& h) {
   GK_UNROLL
-  for (int gate = 0; gate < 4; ++gate) x[gate] += sum_at(tiling, sums, cell, 8 * gate);
+  for (int gate = 0; gate < 4; ++gate) x[gate] += sum_at(tiling, sums, unit_row, 8 * gate);
   x[0] = sigmoid(x[0]);
   x[1] = sigmoid(x[1]);
   x[2] = device::hyperbolic_tangent(x[2]);
@@ -64,7 +65,7 @@ GK_DEVICE void forward_cell(const Tiling& tiling, const float* sums, const Cell&
 // Rows that are not alive at a step keep their state: h0 and c0 before they begin (reverse), the last one after they end.
 template <typename T, int M, bool LOCAL>
 GK_DEVICE void recurrence_forward(const Forward& p) {
-  constexpr int CELLS = LOCAL ? CELLS_LOCAL : CELLS_GRID, TURNS = LOCAL ? 2 : 1;
+  constexpr int UNIT_ROWS = LOCAL ? CELLS_LOCAL : CELLS_GRID, TURNS = LOCAL ? 2 : 1;
   const Recurrence& w = p.recurrence;
   const Tiling& tiling = w.tiling;
   const ThreadCoordinates place(tiling);
@@ -82,14 +83,14 @@ GK_DEVICE void recurrence_forward(const Forward& p) {
     device::sync();
   }
 
-  ForwardCells<CELLS> cells;
+  ForwardCells<UNIT_ROWS> cells;
   Step step = step_at(w, w.reverse ? w.T - 1 : 0);
   GK_UNROLL
-  for (int i = 0; i < CELLS; ++i) {
-    const Cell cell(w, place, i, false);
-    cells.c[i] = cell.there ? p.c0[cell.row * w.H + cell.unit] : 0.0f;
-    cells.h[i] = cell.there ? p.h0[cell.row * w.H + cell.unit] : 0;
-    if (cell.there) reinterpret_cast<uint16_t*>(double_buffer(0))[cell.double_buffer] = cells.h[i];
+  for (int i = 0; i < UNIT_ROWS; ++i) {
+    const UnitRow unit_row(w, place, i, false);
+    cells.c[i] = unit_row.there ? p.c0[unit_row.row * w.H + unit_row.unit] : 0.0f;
+    cells.h[i] = unit_row.there ? p.h0[unit_row.row * w.H + unit_row.unit] : 0;
+    if (unit_row.there) reinterpret_cast<uint16_t*>(double_buffer(0))[unit_row.double_buffer] = cells.h[i];
   }
   uint32_t unused[2];
   barrier.arrive(0);
@@ -101,11 +102,11 @@ GK_DEVICE void recurrence_forward(const Forward& p) {
     weights.template multiply<LOCAL>(tiling, place, double_buffer(n), memory.sums);
     device::sync();
     GK_UNROLL
-    for (int i = 0; i < CELLS; ++i) {
-      const Cell cell(w, place, i, false);
-      if (!cell.there) continue;
-      if (cell.row < step.rows) forward_cell<T>(tiling, memory.sums, cell, cells.x[i], cells.c[i], cells.h[i]);
-      reinterpret_cast<uint16_t*>(double_buffer(n + 1))[cell.double_buffer] = cells.h[i];
+    for (int i = 0; i < UNIT_ROWS; ++i) {
+      const UnitRow unit_row(w, place, i, false);
+      if (!unit_row.there) continue;
+      if (unit_row.row < step.rows) forward_cell<T>(tiling, memory.sums, unit_row, cells.x[i], cells.c[i], cells.h[i]);
+      reinterpret_cast<uint16_t*>(double_buffer(n + 1))[unit_row.double_buffer] = cells.h[i];
     }
     if (n + 1 < w.T) barrier.arrive(n + 1);
     cells.store(p, place, step);

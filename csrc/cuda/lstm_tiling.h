@@ -34,7 +34,7 @@ struct Tiling {
   int weight_bytes = 0, sum_bytes = 0, shared_bytes = 0;
   int64_t cycles = 0;  // predicted, of a step
 
-  GK_BOTH int programs() const { return slices * groups; }
+  GK_BOTH int num_blocks() const { return slices * groups; }
   GK_BOTH int rows() const { return row_tiles * COLUMNS; }
 };
 
@@ -54,7 +54,7 @@ struct Cost {
 inline Cost predicted_cost(const Tiling& p, const Limits& device) {
   const int64_t length = divide_up(p.k_blocks, p.k_warps), tiles = divide_up(p.row_tiles, p.row_warps) * p.turns;
   const int64_t bytes = int64_t{16} * p.buffer_vectors * p.unit_warps;
-  const int64_t from_l2 = std::max(bytes / 64, bytes * p.programs() / (int64_t{24} * device.sms));
+  const int64_t from_l2 = std::max(bytes / 64, bytes * p.num_blocks() / (int64_t{24} * device.sms));
   const int64_t products = int64_t{2} * p.M * p.unit_warps * p.turns * p.k_blocks * p.row_tiles;
   Cost cost;
   cost.barrier = 160 + (p.local ? 0 : 500 + 700 + 2 * p.slices);

@@ -68,7 +68,7 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 class FusedModule(nn.Module):
-    """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each suffix of `parts`.
+    """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each suffix of `suffixes`.
 
     TWIN: the torch.nn layer that computes the same of the same attributes, or None. For torch.fx a fused module is a leaf, as
     its twin is; torch.jit.script takes the twin in its place.
@@ -90,7 +90,7 @@ class FusedModule(nn.Module):
         return module
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def suffixes(self) -> tuple[str, ...]:
         """What follows "stats" in the names of the module's statistics."""
         return ("",)
 
@@ -100,7 +100,7 @@ class FusedModule(nn.Module):
 
     def stats_names(self) -> list[str]:
         """The names of all attributes that hold statistics."""
-        return [f"{kind}{part}" for kind in ("stats", "time_stats") for part in self.parts]
+        return [f"{kind}{suffix}" for kind in ("stats", "time_stats") for suffix in self.suffixes]
 
     def enter(self, x: torch.Tensor) -> None:
         """What every forward begins with."""

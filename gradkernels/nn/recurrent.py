@@ -78,7 +78,7 @@ class LSTM(_Quantizable, FusedModule, RNNBase):
                 setattr(self, name, float(value))
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def suffixes(self) -> tuple[str, ...]:
         """The suffixes of parameters and statistics, one for each layer and direction."""
         directions = ("", "_reverse") if self.bidirectional else ("",)
         return tuple(f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions)
@@ -137,9 +137,9 @@ class LSTM(_Quantizable, FusedModule, RNNBase):
         return result, self.permute_hidden(tuple(hidden), unsorted_indices)
 
     def _zeros(self, input: torch.Tensor, batch: int) -> State:
-        parts = self.num_layers * (2 if self.bidirectional else 1)
-        return input.new_zeros(parts, batch, self.proj_size or self.hidden_size), input.new_zeros(
-            parts, batch, self.hidden_size
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        return input.new_zeros(count, batch, self.proj_size or self.hidden_size), input.new_zeros(
+            count, batch, self.hidden_size
         )
 
     def _batched(self, hx: State, is_batched: bool) -> State:
@@ -164,19 +164,19 @@ class LSTM(_Quantizable, FusedModule, RNNBase):
                 )
             return lstm_steps(*args, **kwargs, zoneout=(self.zoneout_h, self.zoneout_c), reset_mask=reset_mask)
         steps = input.shape[1 if self.batch_first else 0] if batch_sizes is None else batch_sizes.shape[0]
-        stats = [getattr(self, f"stats{part}", None) for part in self.parts]
-        time_stats = [self._time_stats(part, steps) for part in self.parts]
+        stats = [getattr(self, f"stats{suffix}", None) for suffix in self.suffixes]
+        time_stats = [self._time_stats(suffix, steps) for suffix in self.suffixes]
         return lstm(
             *args, **kwargs, bidirectional=self.bidirectional, batch_sizes=batch_sizes, stats=stats, time_stats=time_stats
         )
 
-    def _time_stats(self, part: str, steps: int) -> torch.Tensor | None:
-        """The statistics of a part's time steps, with room for `steps` of them.
+    def _time_stats(self, suffix: str, steps: int) -> torch.Tensor | None:
+        """The statistics of a layer and direction's time steps, with room for `steps` of them.
 
         They grow in place, so that a backward still to come writes where it should; and outside of torch.compile's graphs,
         in which a call of more steps records the first ones alone, says so in row 0, and `watch.step()` makes room.
         """
-        time_stats = getattr(self, f"time_stats{part}", None)
+        time_stats = getattr(self, f"time_stats{suffix}", None)
         if time_stats is not None and time_stats.shape[0] <= steps and not torch.compiler.is_compiling():
             make_room(time_stats, steps)
         return time_stats

@@ -1,8 +1,6 @@
 """The ops, one file each, all in the same order: schema, reference, fake, Function, public function."""
 
-from gradkernels.ops import add_layer_norm, gelu, layer_norm, lstm_cell, lstm_layer, probe, residual
+from importlib import import_module
 
-OPS = {
-    module.__name__.rsplit(".", 1)[1]: module
-    for module in (gelu, layer_norm, add_layer_norm, residual, lstm_layer, lstm_cell, probe)
-}
+NAMES = ("gelu", "layer_norm", "add_layer_norm", "residual", "lstm_layer", "lstm_cell", "probe")  # of those with kernels
+OPS = {name: import_module(f"gradkernels.ops.{name}") for name in NAMES}

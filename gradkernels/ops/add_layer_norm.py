@@ -218,7 +218,7 @@ def add_layer_norm(
     x: (..., *normalized_shape), any strides; float32, float64, bfloat16 or float16.
     residual: x's shape; x's dtype, or float32 beside a bfloat16 or float16 x (a stream kept in full precision).
     weight, bias: normalized_shape; x's dtype, or float32 beside a bfloat16 or float16 x.
-    stats: statistics tensor (5, cells, 8) for the ports dy, dnew_residual, dx, dweight, dbias, written in backward; dx is
+    stats: statistics tensor (5, slots, 8) for the ports dy, dnew_residual, dx, dweight, dbias, written in backward; dx is
     the gradient of the residual stream, dL/d(residual) = dL/dx, in residual's dtype. None measures nothing.
     Returns y (x's shape and dtype) and new_residual (residual's dtype), contiguous; y is the norm of new_residual as
     stored. Under torch.autocast("cuda") all is float32, y too, as PyTorch's layer_norm has it; new_residual is then rounded

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
-from gradkernels.nested import on_parts
+from gradkernels.nested import on_components
 from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dy", "dx")
@@ -91,7 +91,7 @@ def gelu(x: torch.Tensor, approximate: str = "none", *, stats: torch.Tensor | No
     approximate "none": P = (1 + erf(x / sqrt 2)) / 2. "tanh": y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
     x: any shape and strides, nested tensors too; float32, float64, bfloat16 or float16. Computed in float32 (float64 for
     float64).
-    stats: statistics tensor (2, cells, 8) for the ports dy, dx, written in backward; None measures nothing.
+    stats: statistics tensor (2, slots, 8) for the ports dy, dx, written in backward; None measures nothing.
     Returns y: x's shape and dtype. Raises TypeError for another dtype, ArgumentError for another `approximate` or a
     `stats` of another shape or device. Source: arXiv:1606.08415, section 2.
     """
@@ -102,5 +102,5 @@ def gelu(x: torch.Tensor, approximate: str = "none", *, stats: torch.Tensor | No
     if stats is not None:
         check_stats("gelu", stats, x, PORTS)
     if x.is_nested:
-        return on_parts(lambda part: gelu(part, approximate, stats=stats), x)
+        return on_components(lambda component: gelu(component, approximate, stats=stats), x)
     return _gelu_op(x, approximate == "tanh", stats)

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.library import FLOATS, ArgumentError, autocast_norm, define_autograd, define_composite, define_kernel
-from gradkernels.nested import on_parts
+from gradkernels.nested import on_components
 from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dy", "dx", "dweight", "dbias")
@@ -242,13 +242,13 @@ def layer_norm(
     mean and (biased) variance are taken over the last len(normalized_shape) dimensions, in float32 (float64 for float64).
     x: (..., *normalized_shape), any strides, nested tensors too; float32, float64, bfloat16 or float16.
     weight, bias: normalized_shape; x's dtype, or float32 beside a bfloat16 or float16 x.
-    stats: statistics tensor (4, cells, 8) for the ports dy, dx, dweight, dbias, written in backward; None measures nothing.
+    stats: statistics tensor (4, slots, 8) for the ports dy, dx, dweight, dbias, written in backward; None measures nothing.
     Returns y: x's shape and dtype, contiguous. Under torch.autocast("cuda") all is float32, y too, as PyTorch has it.
     Raises TypeError for another dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.
     Source: arXiv:1607.06450, equation 4.
     """
     if x.is_nested:
-        return on_parts(lambda part: layer_norm(part, normalized_shape, weight, bias, eps, stats=stats), x)
+        return on_components(lambda component: layer_norm(component, normalized_shape, weight, bias, eps, stats=stats), x)
     x, weight, bias = autocast_norm(x, weight, bias)
     num_dims = check_norm_arguments("layer_norm", x, normalized_shape, weight, bias)
     if stats is not None:

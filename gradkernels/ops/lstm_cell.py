@@ -200,7 +200,7 @@ def lstm_cell(
 
     x: (B, D); float32, float64, bfloat16 or float16, like all the others; computed in float32 (float64). h, c: (B, H).
     weight_ih: (4H, D). weight_hh: (4H, H). bias_ih, bias_hh: (4H,), both or neither.
-    stats: statistics tensor (8, cells, 8) for the ports in PORTS, written in backward; dbias is the gradient of either
+    stats: statistics tensor (8, slots, 8) for the ports in PORTS, written in backward; dbias is the gradient of either
     bias. None measures nothing.
     Under torch.autocast("cuda") everything but float64 is cast to the region's dtype, as PyTorch's lstm_cell does.
     Raises TypeError for a dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.

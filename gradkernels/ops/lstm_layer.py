@@ -371,7 +371,7 @@ def lstm_layer(
     x: (T, B, D), or (sum of batch_sizes, D) packed; any strides; float32, float64, bfloat16 or float16, like all the others.
     h0: (B, P). c0: (B, H). weight_ih: (4H, D). weight_hh: (4H, P). bias_ih, bias_hh: (4H,), both or neither. weight_hr: (P, H),
     or None and P = H. batch_sizes: (T,), int64 on the CPU, not increasing, the first one B. Any size but T may be zero.
-    stats: statistics tensor (6, cells, 8) for the ports in PORTS; dbias is the gradient of either bias. time_stats: a tensor
+    stats: statistics tensor (6, slots, 8) for the ports in PORTS; dbias is the gradient of either bias. time_stats: a tensor
     of `new_time_stats`, see TIME_FIELDS. Both are written in backward; None measures nothing.
     Returns y: (T, B, P) or (rows, P), h_n: (B, P), c_n: (B, H), in x's dtype. Both states are carried in float32 (float64).
     Raises TypeError for a dtype, ArgumentError for a shape or device that does not fit. Differentiable twice.

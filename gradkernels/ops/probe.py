@@ -92,7 +92,7 @@ def probe(x: torch.Tensor, *, stats: torch.Tensor | None = None) -> torch.Tensor
     """x itself; in backward the gradient that reaches it, summed over all its uses, is measured.
 
     x: any shape, nested tensors too; float32, float64, bfloat16 or float16. Returned as it is.
-    stats: statistics tensor (1, cells, 8) for the port dy, written in backward; None measures nothing.
+    stats: statistics tensor (1, slots, 8) for the port dy, written in backward; None measures nothing.
     Raises TypeError for another dtype, ArgumentError for a `stats` of another shape or device.
     """
     if x.dtype not in FLOATS:

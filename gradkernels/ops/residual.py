@@ -64,7 +64,7 @@ def residual_fork(x: torch.Tensor, *, stats: torch.Tensor | None = None) -> tupl
     """(skip, branch), both x itself; backward adds the two gradients and measures them and their sum.
 
     x: any shape; float32, float64, bfloat16 or float16. Both results share its memory, so writing into one in place raises.
-    stats: statistics tensor (3, cells, 8) for the ports dskip, dbranch, dx, written in backward; None measures nothing.
+    stats: statistics tensor (3, slots, 8) for the ports dskip, dbranch, dx, written in backward; None measures nothing.
     Raises TypeError for another dtype, ArgumentError for a `stats` of another shape or device.
     """
     if x.dtype not in FLOATS:

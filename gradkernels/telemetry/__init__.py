@@ -1,6 +1,6 @@
 """Telemetry: what the kernels measure (fields, tables), and what it is on the host (records, snapshots, history)."""
 
-from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_CELLS, NUM_NORMS, SCALE, TIME_FIELDS
+from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_NORMS, NUM_SLOTS, SCALE, TIME_FIELDS
 from gradkernels.telemetry.history import History, SiteRows, Stack
 from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, with_stats, without_graph
 from gradkernels.telemetry.records import Record, record_of
@@ -10,7 +10,7 @@ from gradkernels.telemetry.tables import (
     check_stats,
     check_time_stats,
     make_room,
-    merge_cells,
+    merge_slots,
     new_stats,
     new_time_stats,
     take_rows,
@@ -22,8 +22,8 @@ __all__ = [
     "ABS_MAX",
     "FIELDS",
     "LOCK",
-    "NUM_CELLS",
     "NUM_NORMS",
+    "NUM_SLOTS",
     "SCALE",
     "TIME_FIELDS",
     "History",
@@ -37,7 +37,7 @@ __all__ = [
     "make_room",
     "measure_reference",
     "measure_steps_reference",
-    "merge_cells",
+    "merge_slots",
     "new_stats",
     "new_time_stats",
     "profile_of",

@@ -1,8 +1,8 @@
 """What is measured: the fields of a row. csrc/fields.h says the same to the kernels in C++, and is compared when it is loaded.
 
-A statistics tensor, called `stats` everywhere, is float64 of shape (ports, cells, len(FIELDS)). A port is one gradient at
-a site: `dy` comes in, `dx` goes out, and so on in the order of the op's PORTS. Each program of a kernel adds to a cell of
-its own; a row is the merge of its cells. Rows merge by + and max, so micro-batches, a module used twice and several
+A statistics tensor, called `stats` everywhere, is float64 of shape (ports, slots, len(FIELDS)). A port is one gradient at
+a site: `dy` comes in, `dx` goes out, and so on in the order of the op's PORTS. Each program of a kernel adds to a slot of
+its own; a row is the merge of its slots. Rows merge by + and max, so micro-batches, a module used twice and several
 ranks combine exactly.
 """
 
@@ -22,7 +22,7 @@ ABS_MAX = FIELDS.index("abs_max")
 NONFINITE = FIELDS.index("nonfinite_count")
 # float64 square sums: elements below and above these are squared times SCALE, or divided by it.
 SMALLEST_SQUARED, LARGEST_SQUARED, SCALE = 2.0**-480, 2.0**480, 2.0**537
-NUM_CELLS = 1024  # of a row on a GPU, one for each program that may run: four an SM and more
+NUM_SLOTS = 1024  # of a row on a GPU, one for each program that may run: four an SM and more
 TIME_FIELDS = (  # of one time step of one direction of an LSTM layer; norms merge by hypot, the rest by +
     "dh",  # norm of dL/dh_t: dy_t, what comes through W_hh from the step after, and dL/dh_n where t is a sequence's last step
     "dc",  # norm of dL/dc_t: through c_{t+1}, through h_t, and dL/dc_n

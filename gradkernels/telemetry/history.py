@@ -35,7 +35,7 @@ class SiteRows:
     first: int
 
     @property
-    def part(self) -> str:
+    def suffix(self) -> str:
         """Of an LSTM's layer and direction: "_l<layer>", and "_reverse" behind it for that direction."""
         return "_" + self.name.rpartition(".")[2]
 
@@ -129,7 +129,7 @@ class History:
         result = []
         for own in self.sites if snapshot is not None else ():
             if own.name in snapshot.time_values and site in (None, own.name):
-                profile = profile_of(own.name, own.part, snapshot.time_values[own.name])
+                profile = profile_of(own.name, own.suffix, snapshot.time_values[own.name])
                 if profile is not None:
                     result.append(profile)
         return result

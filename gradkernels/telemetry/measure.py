@@ -11,7 +11,7 @@ from gradkernels.telemetry.fields import HIGH_GATE, LARGEST_SQUARED, LOW_GATE, S
 
 
 def measure_reference(gradient: torch.Tensor, stats: torch.Tensor, port: int) -> None:
-    """Adds every field of `gradient` (any shape and floating dtype) to cell 0 of row `port` of `stats`, which is written."""
+    """Adds every field of `gradient` (any shape and floating dtype) to slot 0 of row `port` of `stats`, which is written."""
     magnitude = gradient.detach().double().abs().flatten()
     finite = magnitude.isfinite()
     zeros = (magnitude == 0).sum()

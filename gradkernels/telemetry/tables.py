@@ -14,7 +14,7 @@ import torch
 
 from gradkernels.library import _C, ArgumentError, define_kernel
 from gradkernels.telemetry import fields
-from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_CELLS, NUM_NORMS, TIME_FIELDS
+from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_NORMS, NUM_SLOTS, TIME_FIELDS
 
 if _C is not None and {name: getattr(fields, name) for name in _C.fields()} != _C.fields():
     raise ImportError("gradkernels' extension was built from other sources than its Python code: install the package again")
@@ -26,10 +26,10 @@ if hasattr(os, "register_at_fork"):  # a child has a copy of the lock, and not t
 
 
 def new_stats(num_ports: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An empty statistics tensor: zeros, float64, (num_ports, cells, len(FIELDS)); 1 cell on a CPU, NUM_CELLS elsewhere."""
-    cells = 1 if torch.device(device).type == "cpu" else NUM_CELLS
+    """An empty statistics tensor: zeros, float64, (num_ports, slots, len(FIELDS)); 1 slot on a CPU, NUM_SLOTS elsewhere."""
+    slots = 1 if torch.device(device).type == "cpu" else NUM_SLOTS
     with torch.inference_mode(False):  # what it makes can be written there alone
-        return torch.zeros(num_ports, cells, len(FIELDS), dtype=torch.float64, device=device)
+        return torch.zeros(num_ports, slots, len(FIELDS), dtype=torch.float64, device=device)
 
 
 def new_time_stats(num_steps: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -60,18 +60,18 @@ def check_stats(op: str, stats: torch.Tensor, x: torch.Tensor, ports: tuple[str,
     if stats.dtype is not torch.float64:
         raise TypeError(f"{op}: stats must be float64, got {stats.dtype}")
     if stats.dim() != 3 or stats.shape[0] != len(ports) or stats.shape[2] != len(FIELDS):
-        expected = f"(ports, cells, fields) = ({len(ports)}, cells, {len(FIELDS)})"
+        expected = f"(ports, slots, fields) = ({len(ports)}, slots, {len(FIELDS)})"
         raise ArgumentError(f"{op}: stats must have shape {expected}, got {tuple(stats.shape)}")
     if stats.shape[1] < 1:
-        raise ArgumentError(f"{op}: stats must have a cell or more, got shape {tuple(stats.shape)}")
+        raise ArgumentError(f"{op}: stats must have a slot or more, got shape {tuple(stats.shape)}")
     if not stats.is_contiguous():
         raise ArgumentError(f"{op}: stats must be contiguous, got strides {stats.stride()}")
     if stats.device != x.device and torch.is_grad_enabled():
         raise ArgumentError(f"{op}: stats must be on x's device, {x.device}, got {stats.device}")
 
 
-def merge_cells(stats: torch.Tensor) -> torch.Tensor:
-    """The rows of a table: (..., cells, fields) -> (..., fields), always a copy."""
+def merge_slots(stats: torch.Tensor) -> torch.Tensor:
+    """The rows of a table: (..., slots, fields) -> (..., fields), always a copy."""
     if stats.shape[-2] == 1:
         return stats.squeeze(-2).clone()
     rows = stats.sum(-2)
@@ -80,12 +80,12 @@ def merge_cells(stats: torch.Tensor) -> torch.Tensor:
 
 
 def add_row_reference(row: torch.Tensor, stats: torch.Tensor, port: int) -> None:
-    """Adds one backward call's fields, (len(FIELDS),), to cell 0 of row `port` of `stats`."""
+    """Adds one backward call's fields, (len(FIELDS),), to slot 0 of row `port` of `stats`."""
     with LOCK:
-        cell = stats[port, 0]
-        largest = torch.maximum(cell[ABS_MAX], row[ABS_MAX])
-        cell += row
-        cell[ABS_MAX] = largest
+        slot = stats[port, 0]
+        largest = torch.maximum(slot[ABS_MAX], row[ABS_MAX])
+        slot += row
+        slot[ABS_MAX] = largest
 
 
 def add_row_fake(row: torch.Tensor, stats: torch.Tensor, port: int) -> None:
@@ -93,9 +93,9 @@ def add_row_fake(row: torch.Tensor, stats: torch.Tensor, port: int) -> None:
 
 
 def take_rows_reference(stats: torch.Tensor, rows: torch.Tensor) -> None:
-    """Writes the rows of a table, (ports, cells, fields), into `rows`, (ports, fields); the cells are zero afterwards."""
+    """Writes the rows of a table, (ports, slots, fields), into `rows`, (ports, fields); the slots are zero afterwards."""
     with LOCK:
-        rows.copy_(merge_cells(stats))
+        rows.copy_(merge_slots(stats))
         stats.zero_()
 
 

@@ -77,10 +77,10 @@ class TimeProfile:
         return float(np.polyfit(lags, np.log10(dc[lags]), 1)[0]) if lags.size > 1 else math.nan
 
 
-def profile_of(site: str, part: str, time_stats: torch.Tensor | np.ndarray) -> TimeProfile | None:
+def profile_of(site: str, suffix: str, time_stats: torch.Tensor | np.ndarray) -> TimeProfile | None:
     """The TimeProfile in a CPU tensor, or its array, of `new_time_stats`, None where no backward has written to it.
 
-    part: "_l<layer>", and "_reverse" after it for that direction.
+    suffix: "_l<layer>", and "_reverse" after it for that direction.
     """
     rows = np.asarray(time_stats)
     steps = int(rows[0, 0])
@@ -92,5 +92,5 @@ def profile_of(site: str, part: str, time_stats: torch.Tensor | np.ndarray) -> T
     fields = {name: table[:, column].copy() for column, name in enumerate(TIME_FIELDS)}
     count, total = fields["gate_count"], fields.pop("forget_sum")
     fields["forget_mean"] = np.divide(total, count, out=np.full(steps, np.nan), where=count > 0)
-    layer, _, reverse = part.removeprefix("_l").partition("_")
+    layer, _, reverse = suffix.removeprefix("_l").partition("_")
     return TimeProfile(site, int(layer), "reverse" if reverse else "forward", **fields)

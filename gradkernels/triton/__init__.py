@@ -3,8 +3,13 @@
 Imported by gradkernels where torch was built for CUDA or ROCm and triton is installed; nothing else needs it.
 """
 
-from gradkernels.triton import add_layer_norm, gelu, layer_norm, probe, residual
-from gradkernels.triton.launch_cache import KERNELS
-from gradkernels.triton.lstm import cell, layer, stack
+from importlib import import_module
 
-__all__ = ["KERNELS", "add_layer_norm", "cell", "gelu", "layer", "layer_norm", "probe", "residual", "stack"]
+from gradkernels.ops import OPS
+from gradkernels.triton.launch_cache import KERNELS
+from gradkernels.triton.lstm import stack
+
+for op in OPS:
+    import_module(f"gradkernels.triton.{op.replace('lstm_', 'lstm.')}")
+
+__all__ = ["KERNELS", "stack"]

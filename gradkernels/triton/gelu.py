@@ -81,13 +81,13 @@ def sigmoid(x):
     return s, s + x * (tl.minimum(e, 1e18) * s * s) * (square * 0.21406444881780073 + 1.5957691216057308)
 
 
-@triton.jit(do_not_specialize=["num_vectors", "num_cells"])
+@triton.jit(do_not_specialize=["num_vectors", "num_slots"])
 def gelu_fwd_kernel(
     x_ptr,
     y_ptr,
     num_vectors,
     stats_ptr,
-    num_cells,
+    num_slots,
     TANH: tl.constexpr,
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -103,14 +103,14 @@ def gelu_fwd_kernel(
     tl.store(y_ptr + offsets, (x * value).to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["num_vectors", "num_cells"])
+@triton.jit(do_not_specialize=["num_vectors", "num_slots"])
 def gelu_bwd_kernel(
     dy_ptr,
     x_ptr,
     dx_ptr,
     num_vectors,
     stats_ptr,
-    num_cells,
+    num_slots,
     TANH: tl.constexpr,
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -134,8 +134,8 @@ def gelu_bwd_kernel(
             dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
             dx_row = accumulate(dx_row, dx.to(dtype), ELEMENTS_PER_ACCESS)
     if TELEMETRY:
-        write_stats_flat(dy_row, stats_ptr, 0, num_cells, dy_ptr, numel, BLOCK)
-        write_stats_flat(dx_row, stats_ptr, 1, num_cells, dx_ptr, numel, BLOCK)
+        write_stats_flat(dy_row, stats_ptr, 0, num_slots, dy_ptr, numel, BLOCK)
+        write_stats_flat(dx_row, stats_ptr, 1, num_slots, dx_ptr, numel, BLOCK)
 
 
 def gelu_fwd(x: torch.Tensor, tanh: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from gradkernels.telemetry import NUM_CELLS
+from gradkernels.telemetry import NUM_SLOTS
 from gradkernels.triton.launch_cache import Recording
 
 THREADS = 256  # a program of a pointwise kernel
@@ -80,13 +80,13 @@ def resident(num_warps: int, registers: int) -> int:
     return max(1, 65536 // (32 * num_warps * registers))
 
 
-def num_cells(stats: torch.Tensor | None) -> int:
-    """The cells of a row: no more programs than that may run with statistics."""
-    return NUM_CELLS if stats is None else stats.shape[1]
+def num_slots(stats: torch.Tensor | None) -> int:
+    """The slots of a row: no more programs than that may run with statistics."""
+    return NUM_SLOTS if stats is None else stats.shape[1]
 
 
 def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: Any, **constants: Any) -> None:
-    """Launches a pointwise kernel(*args, num_vectors, [stats, num_cells], ...) over the elements of the dense tensor `t`.
+    """Launches a pointwise kernel(*args, num_vectors, [stats, num_slots], ...) over the elements of the dense tensor `t`.
 
     Two accesses of 16 bytes a thread and tensor; one element at a time where their number is not a multiple of eight.
     Without statistics a program owns one block; with them every resident program goes through blocks in turns.
@@ -97,7 +97,7 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
     cap = None
     if stats is not None:
         count = REGISTERS if t.element_size() < 8 else 2 * REGISTERS
-        num_programs = min(num_programs, resident(THREADS // 32, count) * num_sms(t.device), num_cells(stats))
+        num_programs = min(num_programs, resident(THREADS // 32, count) * num_sms(t.device), num_slots(stats))
         cap = count
     launch(
         kernel,
@@ -105,7 +105,7 @@ def pointwise(kernel: Any, t: torch.Tensor, stats: torch.Tensor | None, *args: A
         *args,
         t.numel() // vector,
         stats,
-        num_cells(stats),
+        num_slots(stats),
         **constants,
         TELEMETRY=stats is not None,
         VECTOR=vector,

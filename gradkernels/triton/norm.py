@@ -12,7 +12,7 @@ import triton.language as tl
 
 from gradkernels.triton.reduce import (
     accumulate,
-    add_to_cell,
+    add_to_slot,
     elements_per_access,
     new_accumulator,
     no_fields,
@@ -160,7 +160,7 @@ def store_dh(wide, dh_ptr, dx_ptr, at, mask):
     return tl.where(mask, dh.to(wide.dtype), 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cells"])
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def norm_bwd_kernel(
     dy_ptr,
     dnew_residual_ptr,
@@ -176,7 +176,7 @@ def norm_bwd_kernel(
     stride_drm,
     stride_hm,
     num_rows,
-    num_cells,
+    num_slots,
     N: tl.constexpr,
     DX_PORT: tl.constexpr,
     DWEIGHT: tl.constexpr,
@@ -236,15 +236,15 @@ def norm_bwd_kernel(
         tl.store(partials_ptr + (num_programs + program) * N + column, tl.sum(dbias, 0), last)
     if stats_ptr is not None:
         if dy_ptr is not None:
-            write_stats_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
+            write_stats_rows(dy_row, stats_ptr, 0, num_slots, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
             write_stats_rows(
-                dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
+                dnew_residual_row, stats_ptr, 1, num_slots, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_slots, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cells"])
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def norm_bwd_looped_kernel(
     dy_ptr,
     dnew_residual_ptr,
@@ -260,7 +260,7 @@ def norm_bwd_looped_kernel(
     stride_drm,
     stride_hm,
     num_rows,
-    num_cells,
+    num_slots,
     N: tl.constexpr,
     DX_PORT: tl.constexpr,
     DWEIGHT: tl.constexpr,
@@ -315,12 +315,12 @@ def norm_bwd_looped_kernel(
                 add_partial(partials_ptr, num_programs + program, program < block, column, tl.sum(dy, 0), N)
     if stats_ptr is not None:
         if dy_ptr is not None:
-            write_stats_rows(dy_row, stats_ptr, 0, num_cells, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
+            write_stats_rows(dy_row, stats_ptr, 0, num_slots, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
             write_stats_rows(
-                dnew_residual_row, stats_ptr, 1, num_cells, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
+                dnew_residual_row, stats_ptr, 1, num_slots, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_cells, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_slots, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -331,14 +331,14 @@ def add_partial(partials_ptr, slot, has_value, column, value, N: tl.constexpr):
     tl.store(pointers, before + value, column < N)
 
 
-@triton.jit(do_not_specialize=["num_partials", "num_cells"])
+@triton.jit(do_not_specialize=["num_partials", "num_slots"])
 def norm_finalize_kernel(
     partials_ptr,
     dweight_ptr,
     dbias_ptr,
     stats_ptr,
     num_partials,
-    num_cells,
+    num_slots,
     N: tl.constexpr,
     FIRST_PORT: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -355,17 +355,17 @@ def norm_finalize_kernel(
         finalize += tl.load(partials_ptr + at, (p < num_partials)[:, None] & mask[None, :], other=0.0)
     if which == 0:
         if dweight_ptr is not None:
-            finish_column(tl.sum(finalize, 0), dweight_ptr, stats_ptr, FIRST_PORT, num_cells, column, mask, N, BLOCK_N)
+            finish_column(tl.sum(finalize, 0), dweight_ptr, stats_ptr, FIRST_PORT, num_slots, column, mask, N, BLOCK_N)
     else:
         if dbias_ptr is not None:
-            finish_column(tl.sum(finalize, 0), dbias_ptr, stats_ptr, FIRST_PORT + 1, num_cells, column, mask, N, BLOCK_N)
+            finish_column(tl.sum(finalize, 0), dbias_ptr, stats_ptr, FIRST_PORT + 1, num_slots, column, mask, N, BLOCK_N)
 
 
 @triton.jit
-def finish_column(wide, ptr, stats_ptr, port, num_cells, column, mask, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def finish_column(wide, ptr, stats_ptr, port, num_slots, column, mask, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Stores a block of dweight or dbias and counts it: there is little of it, so exactly."""
     value = wide.to(ptr.dtype.element_ty)
     tl.store(ptr + column, value, mask)
     if stats_ptr is not None:
         seen = tl.minimum(N - tl.program_id(0) * BLOCK_N, BLOCK_N)
-        add_to_cell(stats_ptr, port, tl.program_id(0).to(tl.int64), num_cells, seen, recount_exact(no_fields(), value, mask))
+        add_to_slot(stats_ptr, port, tl.program_id(0).to(tl.int64), num_slots, seen, recount_exact(no_fields(), value, mask))

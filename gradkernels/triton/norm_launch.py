@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gradkernels.triton import launch as launching
-from gradkernels.triton.launch import launch, num_cells, resident
+from gradkernels.triton.launch import launch, num_slots, resident
 from gradkernels.triton.norm import (
     norm_bwd_kernel,
     norm_bwd_looped_kernel,
@@ -69,10 +69,10 @@ def num_programs(num_rows: int, shape: Shape, device: torch.device, stats: torch
     """Programs of a backward: as many as are resident, fewer where each would see fewer than four blocks of rows.
 
     Every program costs a row of partial sums, written and read again: below four blocks that is a quarter of the traffic.
-    No more run than a row of `stats` has cells, or would have.
+    No more run than a row of `stats` has slots, or would have.
     """
     blocks, sms = -(-num_rows // shape.block_m), launching.num_sms(device)
-    return max(1, min(blocks, sms * resident(shape.num_warps, shape.registers), max(sms, blocks // 4), num_cells(stats)))
+    return max(1, min(blocks, sms * resident(shape.num_warps, shape.registers), max(sms, blocks // 4), num_slots(stats)))
 
 
 def as_rows(t: torch.Tensor, num_dims: int) -> torch.Tensor:
@@ -185,7 +185,7 @@ def _launch_rows(
         stats,
         *(0 if t is None else t.stride(0) for t in rows),
         M,
-        num_cells(stats),
+        num_slots(stats),
         N=max(1, N),
         SLOTS=32 * shape.num_warps,
         STAGES=STAGES,
@@ -202,7 +202,7 @@ def _launch_columns(
     stats: torch.Tensor | None,
     first_port: int,
 ) -> None:
-    block_n = max(PARTIAL_BLOCK, 1 << (-(-N // num_cells(stats)) - 1).bit_length())
+    block_n = max(PARTIAL_BLOCK, 1 << (-(-N // num_slots(stats)) - 1).bit_length())
     launch(
         norm_finalize_kernel,
         (max(1, -(-N // block_n)), 2),
@@ -211,7 +211,7 @@ def _launch_columns(
         dbias,
         stats,
         partials.shape[1],
-        num_cells(stats),
+        num_slots(stats),
         N=N,
         FIRST_PORT=first_port,
         BLOCK_P=PARTIAL_ROWS,

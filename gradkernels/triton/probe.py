@@ -18,13 +18,13 @@ from gradkernels.triton.reduce import (
 )
 
 
-@triton.jit(do_not_specialize=["num_vectors", "num_cells", "port"])
+@triton.jit(do_not_specialize=["num_vectors", "num_slots", "port"])
 def probe_bwd_kernel(
     dy_ptr,
     port,
     num_vectors,
     stats_ptr,
-    num_cells,
+    num_slots,
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,19 +38,19 @@ def probe_bwd_kernel(
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         row = accumulate(row, tl.load(dy_ptr + offsets, offsets < numel, other=0.0).to(dtype), ELEMENTS_PER_ACCESS)
-    write_stats_flat(row, stats_ptr, port, num_cells, dy_ptr, numel, BLOCK)
+    write_stats_flat(row, stats_ptr, port, num_slots, dy_ptr, numel, BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_cells"])
-def take_rows_kernel(stats_ptr, rows_ptr, num_cells, BLOCK: tl.constexpr):
-    """rows[r] = the merge of row r's cells, which are then zero. Grid: one program a row."""
+@triton.jit(do_not_specialize=["num_slots"])
+def take_rows_kernel(stats_ptr, rows_ptr, num_slots, BLOCK: tl.constexpr):
+    """rows[r] = the merge of row r's slots, which are then zero. Grid: one program a row."""
     row = tl.program_id(0).to(tl.int64)
     field = tl.arange(0, ROW)
     sums, peaks = tl.zeros([BLOCK, ROW], tl.float64), tl.zeros([BLOCK, ROW], tl.float64)
-    for first in range(0, num_cells, BLOCK):
-        cells = first + tl.arange(0, BLOCK)
-        pointers = stats_ptr + (row * num_cells + cells)[:, None] * NUM_FIELDS + field[None, :]
-        mask = (cells < num_cells)[:, None] & (field < NUM_FIELDS)[None, :]
+    for first in range(0, num_slots, BLOCK):
+        slots = first + tl.arange(0, BLOCK)
+        pointers = stats_ptr + (row * num_slots + slots)[:, None] * NUM_FIELDS + field[None, :]
+        mask = (slots < num_slots)[:, None] & (field < NUM_FIELDS)[None, :]
         values = tl.load(pointers, mask, other=0.0)
         tl.store(pointers, tl.zeros_like(values), mask)
         sums, peaks = sums + values, tl.maximum(peaks, values)
@@ -72,10 +72,10 @@ def probe_each(stats: torch.Tensor | None, *gradients: torch.Tensor | None) -> N
 
 
 def take_rows(stats: torch.Tensor, rows: torch.Tensor) -> None:
-    """Writes the rows of a table into `rows`, (ports, fields); its cells are zero afterwards. One launch."""
-    num_rows, num_cells, _ = stats.shape
+    """Writes the rows of a table into `rows`, (ports, fields); its slots are zero afterwards. One launch."""
+    num_rows, num_slots, _ = stats.shape
     if num_rows:
-        launch(take_rows_kernel, (num_rows,), stats, rows, num_cells, BLOCK=64, num_warps=4)
+        launch(take_rows_kernel, (num_rows,), stats, rows, num_slots, BLOCK=64, num_warps=4)
 
 
 register("probe_bwd", probe_bwd)

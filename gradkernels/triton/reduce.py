@@ -1,4 +1,4 @@
-"""Statistics inside a kernel: a row forms in registers while the gradient does, and goes to the program's cell once.
+"""Statistics inside a kernel: a row forms in registers while the gradient does, and goes to the program's slot once.
 
 A row in registers is (square sum, peak, count of nonzero elements), a slot a thread. That is all the hot
 loop pays for. Whether it was enough is seen at the end: where the square sum overflowed, may have underflowed, or holds a
@@ -69,7 +69,7 @@ def accumulate(row, v, ELEMENTS_PER_ACCESS: tl.constexpr):
 
 @triton.jit
 def finalize(row, numel):
-    """(fields, whether they can be trusted) of a row that saw `numel` elements; fields as `add_to_cell` takes them."""
+    """(fields, whether they can be trusted) of a row that saw `numel` elements; fields as `add_to_slot` takes them."""
     square_sum, peak, nonzero = row
     lowest: tl.constexpr = LOWEST_PEAK_DOUBLE if peak.dtype == tl.float64 else LOWEST_PEAK
     highest: tl.constexpr = HIGHEST_PEAK_DOUBLE if peak.dtype == tl.float64 else HIGHEST_PEAK
@@ -111,13 +111,13 @@ def recount_exact(fields, v, mask):
 
 
 @triton.jit
-def add_to_cell(stats_ptr, port, cell, num_cells, numel, fields):
-    """Adds a program's fields to its cell of row `port`; the first program counts the call."""
+def add_to_slot(stats_ptr, port, slot, num_slots, numel, fields):
+    """Adds a program's fields to its slot of row `port`; the first program counts the call."""
     middle, tiny, huge, peak, nonfinite, zeros = fields
     field = tl.arange(0, ROW)
-    pointers = stats_ptr + (port * num_cells + cell) * NUM_FIELDS + field
+    pointers = stats_ptr + (port * num_slots + slot) * NUM_FIELDS + field
     old = tl.load(pointers, field < NUM_FIELDS)
-    value = tl.where(field == NUMEL, numel.to(tl.float64), tl.where(field == OBSERVATIONS, (cell == 0).to(tl.float64), 0.0))
+    value = tl.where(field == NUMEL, numel.to(tl.float64), tl.where(field == OBSERVATIONS, (slot == 0).to(tl.float64), 0.0))
     value = tl.where(field == SQUARES, middle, tl.where(field == TINY, tiny, tl.where(field == HUGE, huge, value)))
     value = tl.where(field == NONFINITE, nonfinite, tl.where(field == ZEROS, zeros, value))
     tl.store(pointers, tl.where(field == ABS_MAX, tl.maximum(old, peak), old + value), field < NUM_FIELDS)
@@ -134,8 +134,8 @@ def my_share(num_items, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_stats_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.constexpr):
-    """Puts the row of a flat tensor, read in blocks by all programs in turns, into this program's cell."""
+def write_stats_flat(row, stats_ptr, port, num_slots, ptr, numel, BLOCK: tl.constexpr):
+    """Puts the row of a flat tensor, read in blocks by all programs in turns, into this program's slot."""
     program, seen = tl.program_id(0).to(tl.int64), my_share(numel, BLOCK)
     fields, trusted = finalize(row, seen)
     if not trusted:
@@ -146,7 +146,7 @@ def write_stats_flat(row, stats_ptr, port, num_cells, ptr, numel, BLOCK: tl.cons
                 offsets = block * BLOCK + first + tl.arange(0, BLOCK // CHUNKS)
                 mask = offsets < numel
                 fields = recount_exact(fields, tl.load(ptr + offsets, mask, other=0.0), mask)
-    add_to_cell(stats_ptr, port, program, num_cells, seen, fields)
+    add_to_slot(stats_ptr, port, program, num_slots, seen, fields)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def write_stats_rows(
     row,
     stats_ptr,
     port,
-    num_cells,
+    num_slots,
     ptr,
     stride,
     num_rows,
@@ -174,4 +174,4 @@ def write_stats_rows(
                 cols = first + tl.arange(0, BLOCK_N // CHUNKS)[None, :]
                 mask = (rows < num_rows) & (cols < N)
                 fields = recount_exact(fields, tl.load(ptr + rows * stride + cols, mask, other=0.0), mask)
-    add_to_cell(stats_ptr, port, program, num_cells, seen, fields)
+    add_to_slot(stats_ptr, port, program, num_slots, seen, fields)

@@ -9,14 +9,14 @@ from gradkernels.triton.launch_cache import register
 from gradkernels.triton.reduce import accumulate, accumulator, elements_per_access, new_accumulator, write_stats_flat
 
 
-@triton.jit(do_not_specialize=["num_vectors", "num_cells"])
+@triton.jit(do_not_specialize=["num_vectors", "num_slots"])
 def residual_bwd_kernel(
     dskip_ptr,
     dbranch_ptr,
     dx_ptr,
     num_vectors,
     stats_ptr,
-    num_cells,
+    num_slots,
     TELEMETRY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,10 +49,10 @@ def residual_bwd_kernel(
             dx_row = accumulate(dx_row, dx.to(dtype), ELEMENTS_PER_ACCESS)
     if TELEMETRY:
         if HAS_DSKIP:
-            write_stats_flat(dskip_row, stats_ptr, 0, num_cells, dskip_ptr, numel, BLOCK)
+            write_stats_flat(dskip_row, stats_ptr, 0, num_slots, dskip_ptr, numel, BLOCK)
         if HAS_DBRANCH:
-            write_stats_flat(dbranch_row, stats_ptr, 1, num_cells, dbranch_ptr, numel, BLOCK)
-        write_stats_flat(dx_row, stats_ptr, 2, num_cells, dx_ptr, numel, BLOCK)
+            write_stats_flat(dbranch_row, stats_ptr, 1, num_slots, dbranch_ptr, numel, BLOCK)
+        write_stats_flat(dx_row, stats_ptr, 2, num_slots, dx_ptr, numel, BLOCK)
 
 
 def residual_bwd(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats: torch.Tensor | None) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Site:
     """One instrumented place. role: PROBE (the output of a module is read), RESIDUAL (a fused op on the residual stream) or
     LAYER (any other fused op).
 
-    part: what follows "stats" in the name of the module's attribute; `time_stats` is there in a part of an LSTM alone.
+    suffix: what follows "stats" in the name of the module's attribute; `time_stats` is there in an LSTM alone.
     last_run: the step, counted from 1, in which the module ran last; 0 where it has not.
     """
 
@@ -40,7 +40,7 @@ class Site:
     role: str
     ports: tuple[str, ...]
     device: torch.device
-    part: str = ""
+    suffix: str = ""
     stats: torch.Tensor | None = None
     time_stats: torch.Tensor | None = None
     table: torch.Tensor | None = None  # its rows; `stats` is these while it measures
@@ -57,9 +57,9 @@ class Site:
         """Where the site measures from here on; None: it does not."""
         self.stats = self.hook.stats = stats
         if self.role != PROBE:
-            setattr(self.module, f"stats{self.part}", stats)
+            setattr(self.module, f"stats{self.suffix}", stats)
         if self.time_stats is not None:
-            setattr(self.module, f"time_stats{self.part}", time_stats)
+            setattr(self.module, f"time_stats{self.suffix}", time_stats)
 
     def let_go(self) -> None:
         """Measures no more, and takes what is kept off."""
@@ -100,8 +100,8 @@ def sites_of(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Si
             result.append(Site(name, module, PROBE, PROBE_PORTS, device))
             continue
         role = RESIDUAL if isinstance(module, Residual | AddLayerNorm) else LAYER
-        for part in module.parts:
-            result.append(Site(name + part.replace("_l", ".l", 1), module, role, module.PORTS, device, part))
+        for suffix in module.suffixes:
+            result.append(Site(name + suffix.replace("_l", ".l", 1), module, role, module.PORTS, device, suffix))
     return result
 
 

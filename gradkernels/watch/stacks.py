@@ -73,7 +73,7 @@ def _follows(earlier: Site, later: Site) -> bool:
     """Whether two sites are layers of one LSTM, of the same direction, one above the other."""
     return (
         earlier.module is later.module
-        and earlier.part.endswith("_reverse") == later.part.endswith("_reverse")
+        and earlier.suffix.endswith("_reverse") == later.suffix.endswith("_reverse")
         and earlier != later
     )
 

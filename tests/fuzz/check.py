@@ -14,7 +14,7 @@ import torch
 
 from fuzz.tensors import BITS
 from gradkernels.ops import OPS
-from gradkernels.telemetry import FIELDS, merge_cells, record_of
+from gradkernels.telemetry import FIELDS, merge_slots, record_of
 
 COUNTS = ("numel", "observation_count", "abs_max", "nonfinite_count", "zero_count")
 
@@ -77,7 +77,7 @@ def fields_of(gradient: torch.Tensor) -> dict[str, float]:
 def check_statistics(stats: torch.Tensor, ports: tuple[str, ...], gradients: dict[str, torch.Tensor]) -> None:
     """Asserts every field of every port; a port without a gradient must be empty."""
     assert set(gradients) <= set(ports)
-    for port, row in zip(ports, merge_cells(stats).tolist(), strict=True):
+    for port, row in zip(ports, merge_slots(stats).tolist(), strict=True):
         if port not in gradients:
             assert not any(row), f"{port}: measured, and no gradient came"
             continue

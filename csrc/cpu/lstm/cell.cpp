@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& 
                                   writable<scalar_t>(c_next),
                                   H};
     const auto loop = GK_CHOOSE((cell_forward<scalar_t>));
-    for_each_program(num_programs(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
+    for_each_task(num_tasks(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
   });
   return {h_next.to(x.scalar_type()), c_next.to(x.scalar_type()), gates};
 }
@@ -127,7 +127,7 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
                                    writable<scalar_t>(dc_float32),
                                    H};
     const auto loop = GK_CHOOSE((cell_backward<scalar_t>));
-    for_each_program(num_programs(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
+    for_each_task(num_tasks(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
   });
   const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
   const Tensor dx = inputs ? at::mm(dg, upcast(weight_ih)).to(dtype) : none();

@@ -2,7 +2,7 @@
 on a CPU; formulas: gradkernels/ops/lstm_layer.py.
 
 A program owns BLOCK_M rows and BLOCK_N units. It multiplies the dG of the step after by its columns of weight_hh, adds dy,
-and turns dh and dc into its part of this step's dG, all in registers.
+and turns dh and dc into its share of this step's dG, all in registers.
 
 A gradient that vanishes would leave float32 after some hundred steps, and with it every norm. So dh, dc and the dG that the
 next launch reads are carried times a power of two, which every program finds for itself, from the largest magnitudes that the
@@ -91,7 +91,7 @@ def total_dh(recurrent, exponent_delta, scale_in, dy_ptr, dh_ptr, first, size, a
 
 @triton.jit
 def in_scale(recurrent, exponent_delta, size, rows):
-    """The part of dh that has come through weight_hh, of live rows, in float64 and the step's scale, for its norm."""
+    """What has come through weight_hh of dh, of active rows, in float64 and the step's scale, for its norm."""
     active_rows = tl.where((rows < size)[:, None], recurrent, 0.0)
     return active_rows.to(tl.float64) * power_of_two(exponent_delta, tl.float64)
 

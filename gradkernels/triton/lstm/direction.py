@@ -1,4 +1,4 @@
-"""One LSTM layer in one direction on a GPU, alone (lstm_layer.py) or as a part of a stack (lstm_stack.py).
+"""One LSTM layer in one direction on a GPU, alone (layer.py) or in a stack (stack.py).
 
 The products that know no time are PyTorch's: x W_ih^T before the time loop, dx and the gradients of the weights after
 it; the recurrences are in forward.py and backward.py.
@@ -21,7 +21,7 @@ from gradkernels.triton.probe import probe_each
 
 
 @dataclass
-class Part:
+class LayerDirection:
     """One direction of one layer. Its tensors hold the rows of all steps."""
 
     steps: Steps
@@ -33,8 +33,7 @@ class Part:
     gates: torch.Tensor
     cells: torch.Tensor
     num_concurrent: int = 1  # persistent recurrences between which the device is divided
-    # Of the backward recurrence: what arrives; dh and dc in float32 (float64), with chunks the carry between them; what is
-    # left.
+    # Of the backward recurrence: what arrives; dh and dc in float32 (float64), with the state between chunks; what is left.
     dy: torch.Tensor | None = None
     state: tuple[torch.Tensor, ...] = ()
     dx: torch.Tensor | None = None
@@ -111,12 +110,12 @@ class Call:
 
     stack: Stack
     chunks: list[tuple[int, int]]
-    parts: list[Part]
+    layer_directions: list[LayerDirection]
     masks: list[torch.Tensor]  # what dropout keeps of the output of each layer but the last, (rows, directions P), bool
 
-    def layer(self, index: int) -> list[Part]:
-        """The parts of a layer."""
-        return self.parts[index * self.stack.directions : (index + 1) * self.stack.directions]
+    def layer(self, index: int) -> list[LayerDirection]:
+        """The directions of a layer."""
+        return self.layer_directions[index * self.stack.directions : (index + 1) * self.stack.directions]
 
     def drop(self, layer: int, values: torch.Tensor, rows: slice, columns: slice = slice(None)) -> None:
         """Dropout of what `layer` gives to the next one, or of its gradient, in place."""
@@ -125,18 +124,18 @@ class Call:
 
     def join(self, layer: int, begin: int, end: int) -> None:
         """The input of `layer` from the outputs of the one below, where it is not y itself."""
-        part, below = self.layer(layer)[0], self.layer(layer - 1)
-        rows = part.rows(begin, end)
-        torch.cat([other.y[rows] for other in below], -1, out=part.x[rows])
-        self.drop(layer - 1, part.x[rows], rows)
+        layer_direction, below = self.layer(layer)[0], self.layer(layer - 1)
+        rows = layer_direction.rows(begin, end)
+        torch.cat([other.y[rows] for other in below], -1, out=layer_direction.x[rows])
+        self.drop(layer - 1, layer_direction.x[rows], rows)
 
     def backward(self, index: int, begin: int, end: int) -> None:
-        """A part's backward recurrence through a chunk, with dy from the layer above."""
-        (layer, direction), part = divmod(index, self.stack.directions), self.parts[index]
+        """A layer direction's backward recurrence through a chunk, with dy from the layer above."""
+        (layer, direction), layer_direction = divmod(index, self.stack.directions), self.layer_directions[index]
         above = self.layer(layer + 1)
-        if above and part.dy is not above[0].dx:
-            P, rows = part.y.shape[1], part.rows(begin, end)
+        if above and layer_direction.dy is not above[0].dx:
+            P, rows = layer_direction.y.shape[1], layer_direction.rows(begin, end)
             columns = slice(direction * P, (direction + 1) * P)
-            torch.sum(torch.stack([other.dx[rows, columns] for other in above]), 0, out=part.dy[rows])
-            self.drop(layer, part.dy[rows], rows, columns)
-        part.backward(begin, end, self.stack.time_stats[index] is not None)
+            torch.sum(torch.stack([other.dx[rows, columns] for other in above]), 0, out=layer_direction.dy[rows])
+            self.drop(layer, layer_direction.dy[rows], rows, columns)
+        layer_direction.backward(begin, end, self.stack.time_stats[index] is not None)

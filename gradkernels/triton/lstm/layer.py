@@ -7,7 +7,7 @@ import torch
 from gradkernels.ops._steps import rows_of, rows_per_step
 from gradkernels.ops.layer_norm import upcast
 from gradkernels.triton.launch_cache import register
-from gradkernels.triton.lstm.direction import Part
+from gradkernels.triton.lstm.direction import LayerDirection
 from gradkernels.triton.lstm.sequence import Steps, last_rows
 
 
@@ -32,7 +32,7 @@ def lstm_layer_fwd(
     y = x.new_empty(len(rows), h0.shape[1])
     gates, cells = (wide.new_empty(len(rows), n) for n in (len(weight_hh), c0.shape[1]))
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
-    Part(steps, weights, rows, h0, c0, y, gates, cells).recurrence(0, len(steps.sizes))
+    LayerDirection(steps, weights, rows, h0, c0, y, gates, cells).recurrence(0, len(steps.sizes))
     h_n, c_n = last_rows(steps, y), last_rows(steps, cells)
     return y.view(*x.shape[:-1], y.shape[1]), h_n.clone(), c_n.to(x.dtype, copy=True), gates, cells
 
@@ -64,15 +64,15 @@ def lstm_layer_bwd(
     dG is rounded to x's dtype for the products after the recurrence; what is carried from step to step is not.
     """
     steps = Steps.of(rows_per_step(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
-    of_part = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
-    part = Part(steps, of_part, rows_of(x), h0, c0, rows_of(y), gates, cells)
-    part.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, inputs)
-    part.backward_reference(0, len(steps.sizes), time_stats is not None)
+    weights_of_direction = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
+    layer_direction = LayerDirection(steps, weights_of_direction, rows_of(x), h0, c0, rows_of(y), gates, cells)
+    layer_direction.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, inputs)
+    layer_direction.backward_reference(0, len(steps.sizes), time_stats is not None)
     if weights:
-        part.multiply()
-    part.record(stats, time_stats)
-    dh, dc = (d.to(x.dtype) for d in part.state)
-    dx, *of_weights = (x.new_empty(0) if d is None else d for d in (part.dx, *part.of_weights))
+        layer_direction.multiply()
+    layer_direction.record(stats, time_stats)
+    dh, dc = (d.to(x.dtype) for d in layer_direction.state)
+    dx, *of_weights = (x.new_empty(0) if d is None else d for d in (layer_direction.dx, *layer_direction.of_weights))
     return dx.view(x.shape) if inputs else dx, dh, dc, *of_weights
 
 

@@ -25,7 +25,7 @@ from gradkernels.ops.layer_norm import upcast
 from gradkernels.ops.lstm import Stack, sequential
 from gradkernels.ops.lstm_layer import check_layer
 from gradkernels.triton.lstm.backward import BackwardResult
-from gradkernels.triton.lstm.direction import Call, Part
+from gradkernels.triton.lstm.direction import Call, LayerDirection
 from gradkernels.triton.lstm.gates import NUM_SUMS
 from gradkernels.triton.lstm.persistent import tiling_of
 from gradkernels.triton.lstm.sequence import Steps, last_rows
@@ -102,20 +102,22 @@ def call_of(stack: Stack, schedule: Schedule, tensors: Sequence[torch.Tensor], s
     x, h0, c0, *weights = tensors
     outputs, others = saved[: 3 * stack.layer_directions], saved[3 * stack.layer_directions :]
     masks, inputs = (others[: stack.num_layers - 1], others[stack.num_layers - 1 :]) if stack.dropout else ((), others)
-    sizes, rows, parts = rows_per_step(x, h0[0], stack.batch_sizes), rows_of(x), []
+    sizes, rows, layer_directions = rows_per_step(x, h0[0], stack.batch_sizes), rows_of(x), []
     for index in range(stack.layer_directions):
         layer, direction = divmod(index, stack.directions)
         if layer and not direction:
-            rows = inputs[layer - 1] if inputs else parts[-1].y
+            rows = inputs[layer - 1] if inputs else layer_directions[-1].y
         steps = Steps.of(sizes, h0.shape[1], direction == 1, stack.batch_sizes)
         y, gates, cells = outputs[3 * index : 3 * index + 3]
         own = stack.weights_of(weights, index)
-        parts.append(Part(steps, own, rows, h0[index], c0[index], rows_of(y), gates, cells, schedule.num_concurrent))
-    return Call(stack, schedule.chunks, parts, list(masks))
+        layer_directions.append(
+            LayerDirection(steps, own, rows, h0[index], c0[index], rows_of(y), gates, cells, schedule.num_concurrent)
+        )
+    return Call(stack, schedule.chunks, layer_directions, list(masks))
 
 
 def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, reuse: bool) -> list[torch.Tensor]:
-    """Room for (y, gates, cells) of each part; dropout's masks; the inputs of layers above the first, unless they are y.
+    """Room for (y, gates, cells) of each layer direction; dropout's masks; the inputs of upper layers, unless they are y.
 
     reuse: nobody looks at gates later, and a layer is done before the one above begins: two layers' room is enough for them.
     """
@@ -135,22 +137,25 @@ def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
 
 
 def forward_pass(call: Call) -> None:
-    """The forward pass of all parts."""
+    """The forward pass of all layer directions."""
     directions = call.stack.directions
-    with StreamGroup(call.parts[0].x.device, len(call.parts)) as streams:
+    with StreamGroup(call.layer_directions[0].x.device, len(call.layer_directions)) as streams:
         for chunk in call.chunks:
             after = []
             for layer in range(call.stack.num_layers):
-                first, parts = layer * directions, call.layer(layer)
-                if layer and parts[0].x is not call.parts[first - 1].y:
+                first, layer_directions = layer * directions, call.layer(layer)
+                if layer and layer_directions[0].x is not call.layer_directions[first - 1].y:
                     after = [streams.run(first, partial(call.join, layer, *chunk), after)]
-                after = [streams.run(first + k, partial(part.forward, *chunk), after) for k, part in enumerate(parts)]
+                after = [
+                    streams.run(first + k, partial(layer_direction.forward, *chunk), after)
+                    for k, layer_direction in enumerate(layer_directions)
+                ]
 
 
 def backward_pass(call: Call, active: list[int], of_weights: list[bool]) -> None:
-    """The backward pass of the parts in `active`, for which `prepare` has been called."""
+    """The backward pass of the layer directions in `active`, for which `prepare` has been called."""
     directions = call.stack.directions
-    with StreamGroup(call.parts[0].x.device, len(call.parts)) as streams:
+    with StreamGroup(call.layer_directions[0].x.device, len(call.layer_directions)) as streams:
         for chunk in reversed(call.chunks):
             done = {}
             for index in reversed(active):
@@ -159,38 +164,40 @@ def backward_pass(call: Call, active: list[int], of_weights: list[bool]) -> None
                 done[index] = streams.run(index, partial(call.backward, index, *chunk), after)
         for index in active:
             if of_weights[index]:
-                streams.run(index, call.parts[index].multiply)
-    for part in call.parts:
-        result = () if part.result is None else (part.result.partials, part.result.exponents)
-        streams.hand_over(*result, *part.of_weights)
+                streams.run(index, call.layer_directions[index].multiply)
+    for layer_direction in call.layer_directions:
+        result = () if layer_direction.result is None else (layer_direction.result.partials, layer_direction.result.exponents)
+        streams.hand_over(*result, *layer_direction.of_weights)
 
 
 def prepare(
     call: Call, index: int, dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, inputs: bool
 ) -> None:
-    """Makes room for what the backward recurrence of a part receives and leaves; the parts of the layer above come first."""
-    (layer, direction), part = divmod(index, call.stack.directions), call.parts[index]
-    (rows, P), above = part.y.shape, call.layer(layer + 1)
+    """Makes room for what a backward recurrence receives and leaves; those of the layer above come first."""
+    (layer, direction), layer_direction = divmod(index, call.stack.directions), call.layer_directions[index]
+    (rows, P), above = layer_direction.y.shape, call.layer(layer + 1)
     if above:
-        dy = above[0].dx if part.y is above[0].x else part.y.new_empty(rows, P)
+        dy = above[0].dx if layer_direction.y is above[0].x else layer_direction.y.new_empty(rows, P)
     elif dy is not None:
         dy = rows_of(dy)[:, direction * P : (direction + 1) * P].contiguous()
-    part.receive(dy, *(None if d is None else d[index] for d in (dh_n, dc_n)), inputs)
+    layer_direction.receive(dy, *(None if d is None else d[index] for d in (dh_n, dc_n)), inputs)
     if len(call.chunks) == 1:
         return
-    programs, _ = tiling_of(part.y, None, part.c0.shape[1], True, part.steps.B, part.num_concurrent)
-    T, new = len(part.steps.sizes), part.cells.new_zeros
-    part.state = (*part.state, new(programs, 2, dtype=torch.int32))
+    programs, _ = tiling_of(
+        layer_direction.y, None, layer_direction.c0.shape[1], True, layer_direction.steps.B, layer_direction.num_concurrent
+    )
+    T, new = len(layer_direction.steps.sizes), layer_direction.cells.new_zeros
+    layer_direction.state = (*layer_direction.state, new(programs, 2, dtype=torch.int32))
     sums = (None, None)
     if call.stack.time_stats[index] is not None:
         sums = new(T, programs, NUM_SUMS.value, dtype=torch.float64), new(T, dtype=torch.int32)
-    part.result = BackwardResult(part.y.new_empty(part.gates.shape), None, *sums)
+    layer_direction.result = BackwardResult(layer_direction.y.new_empty(layer_direction.gates.shape), None, *sums)
 
 
 def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> None:
     """The backward pass, and what is measured in it. `grads`: of y, h_n and c_n.
 
-    `needs`: which of (x, h0, c0, *weights) want a gradient. Parts that none of them needs do not run.
+    `needs`: which of (x, h0, c0, *weights) want a gradient. LayerDirections that none of them needs do not run.
     """
     stack, every = call.stack, any(needs[:3])
     of_weights = [any(stack.weights_of(needs[3:], index)) for index in range(stack.layer_directions)]
@@ -200,7 +207,7 @@ def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bo
         prepare(call, index, *grads, needs[0] or index // stack.directions > lowest)
     backward_pass(call, active, of_weights)
     for index in active:
-        call.parts[index].record(stack.stats[index], stack.time_stats[index])
+        call.layer_directions[index].record(stack.stats[index], stack.time_stats[index])
 
 
 @contextmanager
@@ -224,8 +231,12 @@ class _Concurrent(Function):
             forward_pass(call)
             ys = saved[3 * (stack.layer_directions - stack.directions) : 3 * stack.layer_directions : 3]
             y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-            h_n = torch.stack([last_rows(part.steps, part.y) for part in call.parts])
-            c_n = torch.stack([last_rows(part.steps, part.cells) for part in call.parts]).to(x.dtype)
+            h_n = torch.stack(
+                [last_rows(layer_direction.steps, layer_direction.y) for layer_direction in call.layer_directions]
+            )
+            c_n = torch.stack(
+                [last_rows(layer_direction.steps, layer_direction.cells) for layer_direction in call.layer_directions]
+            ).to(x.dtype)
         ctx.stack, ctx.schedule = stack, schedules[-1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved, batch_sizes)
@@ -261,16 +272,18 @@ def needed(ctx: Any) -> list[bool]:
 
 
 def collect(call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The gradients of (x, h0, c0, *weights) out of the parts."""
+    """The gradients of (x, h0, c0, *weights) out of the layer directions."""
     x, first = tensors[0], call.layer(0)
-    dx = None if first[0].dx is None else sum((part.dx for part in first[1:]), first[0].dx).view(x.shape)
+    dx = None if first[0].dx is None else sum((layer_direction.dx for layer_direction in first[1:]), first[0].dx).view(x.shape)
     found = [dx, None, None]
-    if all(part.state for part in call.parts):
-        found[1:] = (torch.stack([part.state[k] for part in call.parts]).to(x.dtype) for k in (0, 1))
-    for part in call.parts:
-        dweight_ih, dweight_hh, dbias, dweight_hr = part.of_weights
+    if all(layer_direction.state for layer_direction in call.layer_directions):
+        found[1:] = (
+            torch.stack([layer_direction.state[k] for layer_direction in call.layer_directions]).to(x.dtype) for k in (0, 1)
+        )
+    for layer_direction in call.layer_directions:
+        dweight_ih, dweight_hh, dbias, dweight_hr = layer_direction.of_weights
         of_biases = (dbias, None if dbias is None else dbias.clone())
-        given = zip((dweight_ih, dweight_hh, *of_biases, dweight_hr), part.weights, strict=True)
+        given = zip((dweight_ih, dweight_hh, *of_biases, dweight_hr), layer_direction.weights, strict=True)
         found += [d for d, weight in given if weight is not None]
     return found
 
