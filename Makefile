@@ -16,8 +16,9 @@ SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-n
 demo: $(VENV)/.built
 	$(BIN)/gradkernels demo
 
+# In as many processes as there are CPU cores; a test that is about threads starts its own.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 slow: $(VENV)/.built
 	$(BIN)/python -m pytest -m slow
@@ -62,7 +63,7 @@ clean:
 $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools pybind11 ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest hypothesis expecttest transformers rich matplotlib triton ruff clang-format
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest pytest-xdist hypothesis expecttest transformers rich matplotlib triton ruff clang-format
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
