@@ -13,7 +13,7 @@ from torch import nn
 
 import gradkernels as gk
 from benchmarks import harness
-from gradkernels.demo_model import CONTEXT, PLAIN, CharacterTransformer, cross_entropy
+from gradkernels.demo.models import CONTEXT, PLAIN, CharacterTransformer, cross_entropy
 
 BATCH, VOCABULARY = 16, 128
 

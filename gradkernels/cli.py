@@ -89,14 +89,14 @@ def _demo(options: argparse.Namespace) -> int:
     missing = [package for package in ("rich", "matplotlib") if find_spec(package) is None]
     if missing:
         fail(f'{" and ".join(missing)} not installed: pip install "gradkernels[demo]"')
-    from gradkernels import demo
+    from gradkernels.demo import text as learning
 
     try:
-        text = demo.read_text(options.text) if options.task is None else None
+        text = learning.read_text(options.text) if options.task is None else None
     except ValueError as error:
         fail(f"argument --text: {error}")
     try:
-        steps_file = demo.open_output(options.out)
+        steps_file = learning.open_output(options.out)
     except OSError as error:
         fail(f"argument --out: expected a folder that can be written, got {options.out!r}: {error.strerror}")
     source = options.text or "Python's own documentation"
@@ -105,11 +105,11 @@ def _demo(options: argparse.Namespace) -> int:
             if options.task is not None:
                 _task(options, steps_file)
             elif options.model is not None:
-                demo.run(text, source, options.steps or 400, steps_file, options.seed, options.model)
+                learning.run(text, source, options.steps or 400, steps_file, options.seed, options.model)
             else:
-                from gradkernels import demo_story
+                from gradkernels.demo import story
 
-                demo_story.run(text, source, options.steps or demo_story.STEPS, steps_file, options.seed)
+                story.run(text, source, options.steps or story.STEPS, steps_file, options.seed)
     except KeyboardInterrupt:
         print("gradkernels demo: interrupted", file=sys.stderr)
         return 130
@@ -122,7 +122,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _task(options: argparse.Namespace, steps_file: TextIO) -> None:
-    from gradkernels import demo_task
+    from gradkernels.demo import task
 
-    steps = options.steps or demo_task.STEPS
-    demo_task.run(options.task, options.length, options.init, steps, steps_file, options.seed)
+    steps = options.steps or task.STEPS
+    task.run(options.task, options.length, options.init, steps, steps_file, options.seed)

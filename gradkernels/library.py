@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -27,11 +26,6 @@ ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels fo
 FAKES: dict[torch._ops.OpOverload, Callable | None] = {}  # every op, and the fake of those that have kernels
 SPREAD: dict[type, Callable] = {}  # classes of tensors that consist of others, and what runs an op on those: sharding.py
 TRACED: dict[torch._ops.OpOverload, Callable] = {}  # those of them that torch.compile looks into: see implement
-AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
-NORMS_IN_FLOAT32, CELLS_IN_REGION = (  # devices on which PyTorch's own op has a rule under torch.autocast
-    frozenset(device for device, key in AUTOCAST_KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
-    for op in ("aten::layer_norm", "aten::lstm_cell")
-)
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -197,38 +191,3 @@ def import_after(trigger: str, module: str) -> None:
         importlib.import_module(module)
     else:
         sys.meta_path.insert(0, _ImportAfter(trigger, module))
-
-
-def in_autocast(device: str) -> bool:
-    """Whether an autocast region of this kind of device is around; meta has none (Dynamo of torch 2.11 cannot ask that)."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def autocast_off(x: torch.Tensor) -> AbstractContextManager:
-    """A context in which products on x's device are computed in the dtype of their arguments, as our ops mean them."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
-
-
-def autocast_norm(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as PyTorch's layer_norm computes them: in float32 in an autocast region of a GPU, float64 ones as they are.
-
-    On the CPU autocast leaves layer_norm alone, as it leaves gelu alone everywhere.
-    """
-    device = x.device.type
-    if device not in NORMS_IN_FLOAT32 or not in_autocast(device):
-        return (x, *others)
-    return _cast(torch.float32, x, *others)
-
-
-def autocast_region(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors in the dtype of the autocast region around, if there is one; float64 and integer ones as they are."""
-    device = tensors[0].device.type
-    if not in_autocast(device):
-        return tensors
-    return _cast(torch.get_autocast_dtype(device), *tensors)
-
-
-def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    keep = lambda t: t is None or t.dtype is torch.float64 or not t.is_floating_point()  # noqa: E731
-    return tuple(t if keep(t) else t.to(dtype) for t in tensors)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkernels as gk
-from gradkernels.library import CELLS_IN_REGION, NORMS_IN_FLOAT32
+from gradkernels.autocast import CELLS_IN_REGION, NORMS_IN_FLOAT32
 from gradkernels.testing import randn
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -72,7 +72,7 @@ def test_dtypes(device, on, x_dtype, parameter_dtype):
 @pytest.fixture
 def _rule_on_cpu():
     """The GPU's rule on CPU tensors, so that there are numbers."""
-    with mock.patch("gradkernels.library.NORMS_IN_FLOAT32", frozenset(("cpu",))), enabled("cpu"):
+    with mock.patch("gradkernels.autocast.NORMS_IN_FLOAT32", frozenset(("cpu",))), enabled("cpu"):
         yield
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import gradkernels as gk
-from gradkernels import demo, demo_story
 from gradkernels.cli import main
-from gradkernels.demo_model import CONTEXT, FUSED, LAYERS, PLAIN, CharacterTransformer, cross_entropy
+from gradkernels.demo import story as demo_story
+from gradkernels.demo import text as demo
+from gradkernels.demo.models import CONTEXT, FUSED, LAYERS, PLAIN, CharacterTransformer, cross_entropy
 from gradkernels.report.labels import COLUMNS
 
 STEPS = 3

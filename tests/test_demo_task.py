@@ -9,8 +9,8 @@ import torch
 from test_demo import error_line
 
 import gradkernels as gk
-from gradkernels import demo_task
 from gradkernels.cli import main
+from gradkernels.demo import task as demo_task
 from gradkernels.report.labels import COLUMNS
 
 ADDING, ORDER = demo_task.TASKS["adding"], demo_task.TASKS["temporal_order"]

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # the lowest first; a folder stands for all modules in it
-    ("library", "nested"),
+    ("autocast", "library", "nested"),
     ("telemetry",),
     ("ops",),
     ("functional", "implementations", "sharding", "testing", "triton"),
@@ -17,7 +17,7 @@ LAYERS = (  # the lowest first; a folder stands for all modules in it
     ("diagnose",),
     ("report",),
     ("watch",),
-    ("demo", "demo_model", "demo_story", "demo_task"),
+    ("demo",),
     ("__init__",),
     ("cli", "__main__"),
 )

@@ -137,7 +137,6 @@ struct BackwardCells {
       const float factor = carried ? scale.carried : scale.scale_in;
       recurrent[i] = carried ? before : 0.0f;
       const float dh_total = before * factor + dy[i] * scale.scale_in;
-      constexpr float LOW = LOW_GATE, HIGH = HIGH_GATE;
       const float in = gates[i][0], f = gates[i][1], g = gates[i][2], o = gates[i][3];
       const float m = device::hyperbolic_tangent(c[i]);
       const float dc_total = dc[i] * factor + dh_total * o * (1.0f - m * m);

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from gradkernels.library import ArgumentError, in_autocast
+from gradkernels.autocast import in_autocast
+from gradkernels.library import ArgumentError
 from gradkernels.nn.fused_module import FusedModule
 from gradkernels.nn.zoneout import lstm_steps
 from gradkernels.ops import lstm_cell as lstm_cell_op

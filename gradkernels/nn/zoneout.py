@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from gradkernels.library import ArgumentError, autocast_region
+from gradkernels.autocast import autocast_region
+from gradkernels.library import ArgumentError
 from gradkernels.ops.lstm import Stack
 from gradkernels.ops.lstm_cell import lstm_cell
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import ArgumentError, autocast_norm, define_autograd, define_composite, define_kernel
+from gradkernels.autocast import autocast_norm
+from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
 from gradkernels.ops.layer_norm import (
     check_norm_arguments,
     column_fake,

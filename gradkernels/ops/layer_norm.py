@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import FLOATS, ArgumentError, autocast_norm, define_autograd, define_composite, define_kernel
+from gradkernels.autocast import autocast_norm
+from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
 from gradkernels.nested import on_components
 from gradkernels.telemetry import check_stats, with_stats
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gradkernels.library import ArgumentError, autocast_region, define_composite
+from gradkernels.autocast import autocast_region
+from gradkernels.library import ArgumentError, define_composite
 from gradkernels.ops.lstm_layer import lstm_layer
 
 SCHEMA = (

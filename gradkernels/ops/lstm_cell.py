@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import (
-    CELLS_IN_REGION,
-    ArgumentError,
-    autocast_off,
-    autocast_region,
-    define_autograd,
-    define_composite,
-    define_kernel,
-)
+from gradkernels.autocast import CELLS_IN_REGION, autocast_off, autocast_region
+from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
 from gradkernels.ops.layer_norm import upcast
 from gradkernels.ops.lstm_layer import check_lstm_weights, step_backward, step_forward
 from gradkernels.telemetry import check_stats, with_stats

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradkernels.library import FLOATS, ArgumentError, autocast_off, define_autograd, define_composite, define_kernel
+from gradkernels.autocast import autocast_off
+from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
 from gradkernels.ops._steps import check_steps, rows_of, rows_per_step
 from gradkernels.ops.layer_norm import upcast
 from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference, without_graph

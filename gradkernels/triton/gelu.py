@@ -121,7 +121,7 @@ def gelu_bwd_kernel(
     dtype: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access(x_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    dy_row, dx_row = new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype)
+    dy_acc, dx_acc = new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
@@ -131,11 +131,11 @@ def gelu_bwd_kernel(
         dx = (dy * slope).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
-            dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
-            dx_row = accumulate(dx_row, dx.to(dtype), ELEMENTS_PER_ACCESS)
+            dy_acc = accumulate(dy_acc, dy, ELEMENTS_PER_ACCESS)
+            dx_acc = accumulate(dx_acc, dx.to(dtype), ELEMENTS_PER_ACCESS)
     if TELEMETRY:
-        write_stats_flat(dy_row, stats_ptr, 0, num_slots, dy_ptr, numel, BLOCK)
-        write_stats_flat(dx_row, stats_ptr, 1, num_slots, dx_ptr, numel, BLOCK)
+        write_stats_flat(dy_acc, stats_ptr, 0, num_slots, dy_ptr, numel, BLOCK)
+        write_stats_flat(dx_acc, stats_ptr, 1, num_slots, dx_ptr, numel, BLOCK)
 
 
 def gelu_fwd(x: torch.Tensor, tanh: bool) -> torch.Tensor:

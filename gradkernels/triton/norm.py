@@ -199,11 +199,8 @@ def norm_bwd_kernel(
     ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
     # Of two orders that form the same numbers, the one in which 128 registers are enough on every GPU.
     DY_FIRST: tl.constexpr = False if dx_ptr is None else dx_ptr.dtype == dh_ptr.dtype
-    dy_row, dnew_residual_row, dh_row = (
-        new_accumulator(SLOTS, dtype),
-        new_accumulator(SLOTS, dtype),
-        new_accumulator(SLOTS, dtype),
-    )
+    empty = new_accumulator(SLOTS, dtype)
+    dy_acc, dnew_residual_acc, dh_acc = empty, empty, empty
     for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
@@ -217,7 +214,7 @@ def norm_bwd_kernel(
             dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
             wide += dnew_residual
             if stats_ptr is not None:
-                dnew_residual_row = accumulate(dnew_residual_row, dnew_residual, ELEMENTS_PER_ACCESS)
+                dnew_residual_acc = accumulate(dnew_residual_acc, dnew_residual, ELEMENTS_PER_ACCESS)
         dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
         if DWEIGHT:
             dweight += dy * x_hat
@@ -225,10 +222,10 @@ def norm_bwd_kernel(
             dbias += dy
         if stats_ptr is not None:
             if dy_ptr is not None and DY_FIRST:
-                dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
-            dh_row = accumulate(dh_row, dh, ELEMENTS_PER_ACCESS)
+                dy_acc = accumulate(dy_acc, dy, ELEMENTS_PER_ACCESS)
+            dh_acc = accumulate(dh_acc, dh, ELEMENTS_PER_ACCESS)
             if dy_ptr is not None and not DY_FIRST:
-                dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
+                dy_acc = accumulate(dy_acc, dy, ELEMENTS_PER_ACCESS)
     column, last = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N) < N
     if DWEIGHT:
         tl.store(partials_ptr + program * N + column, tl.sum(dweight, 0), last)
@@ -236,12 +233,12 @@ def norm_bwd_kernel(
         tl.store(partials_ptr + (num_programs + program) * N + column, tl.sum(dbias, 0), last)
     if stats_ptr is not None:
         if dy_ptr is not None:
-            write_stats_rows(dy_row, stats_ptr, 0, num_slots, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
+            write_stats_rows(dy_acc, stats_ptr, 0, num_slots, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
             write_stats_rows(
-                dnew_residual_row, stats_ptr, 1, num_slots, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
+                dnew_residual_acc, stats_ptr, 1, num_slots, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_slots, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        write_stats_rows(dh_acc, stats_ptr, DX_PORT, num_slots, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
@@ -275,11 +272,8 @@ def norm_bwd_looped_kernel(
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access((h_ptr if dy_ptr is None else dy_ptr).dtype.element_ty)
-    dy_row, dnew_residual_row, dh_row = (
-        new_accumulator(SLOTS, dtype),
-        new_accumulator(SLOTS, dtype),
-        new_accumulator(SLOTS, dtype),
-    )
+    empty = new_accumulator(SLOTS, dtype)
+    dy_acc, dnew_residual_acc, dh_acc = empty, empty, empty
     for block in range(program, tl.cdiv(num_rows, BLOCK_M), num_programs):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         rows = row[:, None]
@@ -303,24 +297,24 @@ def norm_bwd_looped_kernel(
                 dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
                 wide += dnew_residual
                 if stats_ptr is not None:
-                    dnew_residual_row = accumulate(dnew_residual_row, dnew_residual, ELEMENTS_PER_ACCESS)
+                    dnew_residual_acc = accumulate(dnew_residual_acc, dnew_residual, ELEMENTS_PER_ACCESS)
             dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
             if stats_ptr is not None:
-                dh_row = accumulate(dh_row, dh, ELEMENTS_PER_ACCESS)
+                dh_acc = accumulate(dh_acc, dh, ELEMENTS_PER_ACCESS)
                 if dy_ptr is not None:
-                    dy_row = accumulate(dy_row, dy, ELEMENTS_PER_ACCESS)
+                    dy_acc = accumulate(dy_acc, dy, ELEMENTS_PER_ACCESS)
             if DWEIGHT:
                 add_partial(partials_ptr, program, program < block, column, tl.sum(dy * x_hat, 0), N)
             if DBIAS:
                 add_partial(partials_ptr, num_programs + program, program < block, column, tl.sum(dy, 0), N)
     if stats_ptr is not None:
         if dy_ptr is not None:
-            write_stats_rows(dy_row, stats_ptr, 0, num_slots, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
+            write_stats_rows(dy_acc, stats_ptr, 0, num_slots, dy_ptr, stride_dym, num_rows, N, BLOCK_M, BLOCK_N)
         if dnew_residual_ptr is not None:
             write_stats_rows(
-                dnew_residual_row, stats_ptr, 1, num_slots, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
+                dnew_residual_acc, stats_ptr, 1, num_slots, dnew_residual_ptr, stride_drm, num_rows, N, BLOCK_M, BLOCK_N
             )
-        write_stats_rows(dh_row, stats_ptr, DX_PORT, num_slots, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
+        write_stats_rows(dh_acc, stats_ptr, DX_PORT, num_slots, dh_ptr, N, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

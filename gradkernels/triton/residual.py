@@ -28,7 +28,7 @@ def residual_bwd_kernel(
     dtype: tl.constexpr = accumulator(dx_ptr.dtype.element_ty)
     ELEMENTS_PER_ACCESS: tl.constexpr = elements_per_access(dx_ptr.dtype.element_ty)
     numel = num_vectors.to(tl.int64) * VECTOR
-    dskip_row, dbranch_row, dx_row = new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype)
+    dskip_acc, dbranch_acc, dx_acc = new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype), new_accumulator(SLOTS, dtype)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
@@ -37,22 +37,22 @@ def residual_bwd_kernel(
             dskip = tl.load(dskip_ptr + offsets, mask, other=0.0).to(dtype)
             wide = dskip
             if TELEMETRY:
-                dskip_row = accumulate(dskip_row, dskip, ELEMENTS_PER_ACCESS)
+                dskip_acc = accumulate(dskip_acc, dskip, ELEMENTS_PER_ACCESS)
         if HAS_DBRANCH:
             dbranch = tl.load(dbranch_ptr + offsets, mask, other=0.0).to(dtype)
             wide = wide + dbranch if HAS_DSKIP else dbranch
             if TELEMETRY:
-                dbranch_row = accumulate(dbranch_row, dbranch, ELEMENTS_PER_ACCESS)
+                dbranch_acc = accumulate(dbranch_acc, dbranch, ELEMENTS_PER_ACCESS)
         dx = wide.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
-            dx_row = accumulate(dx_row, dx.to(dtype), ELEMENTS_PER_ACCESS)
+            dx_acc = accumulate(dx_acc, dx.to(dtype), ELEMENTS_PER_ACCESS)
     if TELEMETRY:
         if HAS_DSKIP:
-            write_stats_flat(dskip_row, stats_ptr, 0, num_slots, dskip_ptr, numel, BLOCK)
+            write_stats_flat(dskip_acc, stats_ptr, 0, num_slots, dskip_ptr, numel, BLOCK)
         if HAS_DBRANCH:
-            write_stats_flat(dbranch_row, stats_ptr, 1, num_slots, dbranch_ptr, numel, BLOCK)
-        write_stats_flat(dx_row, stats_ptr, 2, num_slots, dx_ptr, numel, BLOCK)
+            write_stats_flat(dbranch_acc, stats_ptr, 1, num_slots, dbranch_ptr, numel, BLOCK)
+        write_stats_flat(dx_acc, stats_ptr, 2, num_slots, dx_ptr, numel, BLOCK)
 
 
 def residual_bwd(dskip: torch.Tensor | None, dbranch: torch.Tensor | None, stats: torch.Tensor | None) -> torch.Tensor:

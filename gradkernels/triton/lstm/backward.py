@@ -96,6 +96,17 @@ def in_scale(recurrent, exponent_delta, size, rows):
     return active_rows.to(tl.float64) * power_of_two(exponent_delta, tl.float64)
 
 
+@triton.jit
+def store_sums(sums_ptr, dh, dc, recurrent, i, f, g, o, mask, WITH_DH: tl.constexpr):
+    """A program's sums of a step; those of dh are the projection's where there is one."""
+    squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
+    if WITH_DH:
+        tl.store(sums_ptr, squares_dh)
+        tl.store(sums_ptr + 2, squares_recurrent)
+    tl.store(sums_ptr + 1, squares_dc)
+    store_counts(sums_ptr, low, high, forget)
+
+
 @triton.jit(do_not_specialize=STEP_INTEGERS)
 def lstm_bwd_step_kernel(
     factor_ptr,
@@ -131,9 +142,9 @@ def lstm_bwd_step_kernel(
 
     factor_ptr: carried of the step after (B, 4H), of which `active_rows` rows go on; weight_ptr: W_hh^T (P, 4H). With a
     projection, where dh_ptr is None: this step's dh in its scale (B, P), from lstm_bwd_project_kernel; W_hr^T (H, P).
-    Rows of the step after that do not go on leave the time loop: their dh0 and dc0 are left in dh and dc. Row b < continued has
-    its c_{t-1} in row previous + b of cells.
-    largest, exponents: see load_scale; this step's are written. partials: (steps, programs, NUM_SUMS) float64, or None.
+    Rows of the step after that do not go on leave the time loop: their dh0 and dc0 are left in dh and dc. Row b below
+    `rows_with_predecessor` has its c_{t-1} in row previous + b of cells.
+    max_abs, exponents: see load_scale; this step's are written. partials: (steps, programs, NUM_SUMS) float64, or None.
     Grid: (blocks of units, blocks of rows).
     """
     dtype: tl.constexpr = gates_ptr.dtype.element_ty
@@ -175,13 +186,7 @@ def lstm_bwd_step_kernel(
     tl.store(exponents_ptr + t, exponent, program == 0)
     if partials_ptr is not None:
         recurrent = zeros.to(tl.float64) if dh_ptr is None else in_scale(product, exponent_delta, size, rows)
-        squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
-        sums_ptr = partials_ptr + cell * NUM_SUMS
-        if dh_ptr is not None:
-            tl.store(sums_ptr, squares_dh)
-            tl.store(sums_ptr + 2, squares_recurrent)
-        tl.store(sums_ptr + 1, squares_dc)
-        store_counts(sums_ptr, low, high, forget)
+        store_sums(partials_ptr + cell * NUM_SUMS, dh, dc, recurrent, i, f, g, o, mask, dh_ptr is not None)
 
 
 @triton.jit(do_not_specialize=STEP_INTEGERS)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.autograd import Function, forward_ad
 
-from gradkernels.library import LIBRARY, autocast_off
+from gradkernels.autocast import autocast_off
+from gradkernels.library import LIBRARY
 from gradkernels.ops._steps import rows_of, rows_per_step
 from gradkernels.ops.layer_norm import upcast
 from gradkernels.ops.lstm import Stack, sequential

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import torch
 
-from gradkernels.demo_model import CONTEXT, MODELS, PLAIN, cross_entropy, generate
+from gradkernels.demo.models import CONTEXT, MODELS, PLAIN, cross_entropy, generate
 from gradkernels.implementations import implementations
 from gradkernels.telemetry import TimeProfile
 from gradkernels.watch import Watch, watch
@@ -31,7 +31,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 SHORTEST, LONGEST = 2 * (CONTEXT + 1), 20_000_000  # characters of a text
 ROUNDS = 16  # of the timing
 VARIANTS = ("telemetry on", "telemetry off", "telemetry off, again", "plain PyTorch")
-BEFORE = "before.jsonl"  # the steps of the run that failed, see demo_story.py
+BEFORE = "before.jsonl"  # the steps of the run that failed, see story.py
 PICTURE, STEPS, PROFILE, TIME = "flow.png", "stats.jsonl", "profile.png", "time.png"
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradkernels.demo import BATCH, BEFORE, CONTEXT, PICTURE, Corpus, corpus_of, progress, random_windows
+from gradkernels.demo.text import BATCH, BEFORE, CONTEXT, PICTURE, Corpus, corpus_of, progress, random_windows
 from gradkernels.diagnose import Finding
 from gradkernels.implementations import implementations
 from gradkernels.telemetry import History

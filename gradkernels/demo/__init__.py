@@ -1,0 +1,1 @@
+"""What `gradkernels demo` runs: a story (story.py), a text to learn (text.py), a task of long time lags (task.py)."""
