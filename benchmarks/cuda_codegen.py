@@ -40,14 +40,14 @@ int main() {
     const gk::Limits device{sms, shared};
     const gk::Tiling p = gk::choose_tiling(B, H, backward, device);
     const gk::Cost c = p.M ? gk::predicted_cost(p, device) : gk::Cost{};
-    std::printf("%d %d %d %d %d ", p.M ? p.programs() : 0, p.units, p.rows(), p.shared_bytes, p.buffer_vectors * 16);
+    std::printf("%d %d %d %d %d ", p.M ? p.num_blocks() : 0, p.units, p.rows(), p.shared_bytes, p.buffer_vectors * 16);
     for (int64_t cycles : {c.barrier, c.exchange, c.products, c.weights, c.sums, c.cells}) std::printf("%d ", (int)cycles);
     std::printf("\\n");
   }
 }
 """
-PARTS = ("barrier", "exchange", "products", "weights", "sums", "cells")
-TILING = ("programs", "units", "rows", "shared", "buffer_bytes", *PARTS)
+COSTS = ("barrier", "exchange", "products", "weights", "sums", "cells")
+TILING = ("programs", "units", "rows", "shared", "buffer_bytes", *COSTS)
 
 
 def nvcc() -> str | None:
@@ -144,13 +144,13 @@ def time_table() -> list[str]:
     device = DEVICES["H100 SXM, H200"]
     questions = [(B, H, backward, device) for B, _, H in SIZES for backward in (False, True)]
     header = "| B, T, H | pass | blocks | tile | smem | L2 |"
-    table = [f"{header} {' | '.join(PARTS)} | us | ms |", "|" + "---|" * (8 + len(PARTS))]
+    table = [f"{header} {' | '.join(COSTS)} | us | ms |", "|" + "---|" * (8 + len(COSTS))]
     for k, tiling in enumerate(tilings(questions)):
         (B, T, H), recurrence = SIZES[k // 2], ("forward", "backward")[k % 2]
-        cycles = sum(tiling[part] for part in PARTS)
+        cycles = sum(tiling[part] for part in COSTS)
         l2_bytes = 0 if H <= 128 else tiling["buffer_bytes"]
         shape = f"| {(B, T, H)} | {recurrence} | {tiling['programs']} | {tiling['units']} x {tiling['rows']}"
-        parts = " | ".join(str(tiling[part]) for part in PARTS)
+        parts = " | ".join(str(tiling[part]) for part in COSTS)
         step = cycles / GIGAHERTZ / 1000
         table.append(f"{shape} | {tiling['shared']} | {l2_bytes} | {parts} | {step:.2f} | {T * step / 1000:.2f} |")
     return table
@@ -166,7 +166,7 @@ def at_once_table() -> list[str]:
     table.append("|" + "---|" * 8)
     for k, ((B, _, H), backward) in enumerate(cases):
         alone, half = found[2 * k : 2 * k + 2]
-        us = [sum(tiling[part] for part in PARTS) / GIGAHERTZ / 1000 for tiling in (alone, half)]
+        us = [sum(tiling[part] for part in COSTS) / GIGAHERTZ / 1000 for tiling in (alone, half)]
         gain = f"{2 * us[0] / us[1]:.2f} | {2 * us[0] / us[1] * 8 / 9:.2f}" if half["programs"] else "- | -"
         blocks = f"{alone['programs']} | {us[0]:.2f} | {half['programs'] or '-'} | {us[1]:.2f}"
         table.append(f"| {(B, H)} | {('forward', 'backward')[backward]} | {blocks} | {gain} |")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from launch_rig import check_replay, counts, on_device_without_code, rigged, stand_in, table
+from launch_rig import check_replay, counts, on_device_without_code, rigged, rows, stand_in, table
 
 from gradkernels.library import _C
 from gradkernels.testing import randn
@@ -175,11 +175,11 @@ def test_bounded():
     """Shapes that never repeat fill the table no further than its bound; captured launches are made again afterwards."""
     with rigged() as (_, ops):
         for size in range(1, 2100):
-            ops["fold"](table(0).new_empty(0, size, 8))
-            assert counts(ops["fold"])["kinds"] <= 1024
+            ops["take_rows"](table(0).new_empty(0, size, 8), rows(0))
+            assert counts(ops["take_rows"])["kinds"] <= 1024
         for _ in range(3):
-            ops["fold"](table(0).new_empty(0, 1, 8))
-        assert counts(ops["fold"])["replays"] == 1
+            ops["take_rows"](table(0).new_empty(0, 1, 8), rows(0))
+        assert counts(ops["take_rows"])["replays"] == 1
 
 
 def test_launches_are_bounded():

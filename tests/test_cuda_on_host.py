@@ -209,7 +209,7 @@ def test_nobody_waits_for_ever(body, backward, trouble):
     assert time.monotonic() - start < 60
 
 
-def test_launch_cache(body):
+def test_tilings(body):
     """What fits: all of H up to 2048 at a small batch on an H100, nothing that is more than the device holds."""
 
     def programs(B, H, device=H100, backward=False):

@@ -18,7 +18,7 @@ from checks import (
     check_transform,
     check_vmap_stats,
     check_without_gradients,
-    measured,
+    with_stats,
 )
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -222,7 +222,7 @@ def test_stats_of_long_constant_rows():
     x = randn(8, 65_536)
     dy = torch.full_like(x, 1.1e-3)
     case = layer_norm_case(x, None, None, dy)
-    results, stats = measured(case)
+    results, stats = with_stats(case)
     check_stats(stats, PORTS, case.seen(results[1]), relative=1e-5)
 
 

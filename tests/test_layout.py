@@ -62,3 +62,24 @@ def lengths_of(source):
 def test_functions_are_short():
     assert {str(path): found for path in SOURCES if path.suffix == ".py" and (found := lengths_of(path.read_text()))} == {}
     assert lengths_of("def f():\n" + "    x = 1\n" * MAX_FUNCTION) == {"f": MAX_FUNCTION + 1}
+
+
+def unspecialized(tree, names):
+    """(kernel, name) of each that a kernel is told not to be specialised on and that is none of its parameters."""
+    for node in tree.body:
+        for decorator in getattr(node, "decorator_list", ()):
+            for keyword in getattr(decorator, "keywords", ()):
+                if keyword.arg == "do_not_specialize":
+                    parameters = {argument.arg for argument in node.args.args}
+                    found = eval(ast.unparse(keyword.value), dict(names))
+                    yield from ((node.name, name) for name in found if name not in parameters)
+
+
+def test_kernels_are_not_specialized_on_their_integers():
+    """Triton passes over a name that is no parameter, and would build a kernel anew for other sizes."""
+    for path in (ROOT / "gradkernels/triton").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        lists = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)]
+        assert list(unspecialized(tree, {node.targets[0].id: ast.literal_eval(node.value) for node in lists})) == []
+    wrong = ast.parse("@triton.jit(do_not_specialize=[*MORE, 'n'])\ndef kernel(n, m):\n    pass")
+    assert list(unspecialized(wrong, {"MORE": ["k"]})) == [("kernel", "k")]

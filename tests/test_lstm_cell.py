@@ -18,7 +18,7 @@ from checks import (
     check_transform,
     check_vmap_stats,
     check_without_gradients,
-    measured,
+    with_stats,
 )
 from lstm_cases import cell_case, layer_inputs, plain_cell
 from torch.autograd import gradcheck, gradgradcheck
@@ -64,7 +64,7 @@ def test_implementation(dtype, shape, bias):
 def test_one_output_used(dtype, used):
     dys = tuple(randn(3, 17, dtype=dtype) if k == used else None for k in range(2))
     case = cell_case(3, 5, 17, dtype, dys=dys)
-    results, stats = measured(case)
+    results, stats = with_stats(case)
     exact = differentiate(case.eager, case.inputs, dys, torch.float64)
     check_results(results, differentiate(case.eager, case.inputs, dys), exact, case.terms)
     check_stats(stats, PORTS, case.seen(results[1]))

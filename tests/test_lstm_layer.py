@@ -16,8 +16,8 @@ from checks import (
     check_transform,
     check_vmap_stats,
     check_without_gradients,
-    measured,
     same,
+    with_stats,
 )
 from lstm_cases import check_time_stats, expected_steps, layer_case, layer_inputs, plain_layer, torch_layer
 from torch.autograd import gradcheck, gradgradcheck
@@ -98,7 +98,7 @@ def test_one_output_used(layout, used):
 
 
 def check_case_grad_only(case):
-    results, stats = measured(case)
+    results, stats = with_stats(case)
     eager = differentiate(case.eager, case.inputs, case.dys)
     exact = differentiate(case.exact, case.inputs, case.dys, torch.float64)
     check_results(results, eager, exact, {k: 100.0 for k in case.terms})

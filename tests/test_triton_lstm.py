@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checks import check_case, check_case_stats, measured, same
+from checks import check_case, check_case_stats, same, with_stats
 from lstm_cases import (
     batch_sizes_of,
     cell_case,
@@ -189,7 +189,7 @@ def test_offset_state():
     for view, state in zip(shifted, case.inputs[1:3], strict=True):
         view.copy_(state)
     inputs = (case.inputs[0], *shifted, *case.inputs[3:])
-    same(measured(layer_case(inputs, dys=case.dys))[0], measured(case)[0])
+    same(with_stats(layer_case(inputs, dys=case.dys))[0], with_stats(case)[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (3, 4, 16), (40, 9, 33)], ids=str)

@@ -42,9 +42,9 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a step is predicted to cost, in cycles of an SM. No GPU has confirmed it yet; it chooses between tilings, no more.
 struct Cost {
-  int64_t barrier = 0, double_buffer = 0, products = 0, weights = 0, sums = 0, cells = 0;
+  int64_t barrier = 0, exchange = 0, products = 0, weights = 0, sums = 0, cells = 0;
 
-  int64_t total() const { return barrier + double_buffer + products + weights + sums + cells; }
+  int64_t total() const { return barrier + exchange + products + weights + sums + cells; }
 };
 
 // From figures published for H100. GridBarrier: 500 until a block's stores are out, 700 until the last flag is seen, 2 a block
@@ -58,7 +58,7 @@ inline Cost predicted_cost(const Tiling& p, const Limits& device) {
   const int64_t products = int64_t{2} * p.M * p.unit_warps * p.turns * p.k_blocks * p.row_tiles;
   Cost cost;
   cost.barrier = 160 + (p.local ? 0 : 500 + 700 + 2 * p.slices);
-  cost.double_buffer = p.local ? bytes * p.turns / 128 + 30 : from_l2 + 300 * tiles * divide_up(length, CHUNK);
+  cost.exchange = p.local ? bytes * p.turns / 128 + 30 : from_l2 + 300 * tiles * divide_up(length, CHUNK);
   cost.products = std::max(2 * products, 33 * length * tiles);
   cost.weights = int64_t{1} * p.weight_bytes * p.row_tiles / 128;
   cost.sums = int64_t{2} * p.sum_bytes / 128;

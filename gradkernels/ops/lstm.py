@@ -150,5 +150,6 @@ def lstm(
     x = x.transpose(0, 1) if transposed else x
     measured = ([None] * count if given is None else given for given in (stats, time_stats))
     stack = (num_layers, bidirectional, bias, batch_sizes, dropout if training else 0.0, *measured)
-    y, h_n, c_n = _lstm_op(x, h0, c0, weights, *stack)
+    run = lstm_reference if torch.jit.is_tracing() else _lstm_op  # a trace cannot hold a list of tensors and None
+    y, h_n, c_n = run(x, h0, c0, weights, *stack)
     return y.transpose(0, 1) if transposed else y, h_n, c_n

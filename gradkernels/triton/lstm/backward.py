@@ -29,15 +29,14 @@ from gradkernels.triton.lstm.gates import (
     load_gates,
     multiply,
     square_sum,
-    store_counts,
     store_gates,
-    sums_of_gates,
+    store_sums,
 )
 from gradkernels.triton.lstm.scale import load_scale, power_of_two
 from gradkernels.triton.lstm.sequence import Steps, aligned, tile_of, uses_tf32
 
 SCAN = 1024  # elements that a program looks at together where it looks for the largest
-STEP_INTEGERS = ["t", "after", "first", "previous", "size", "live", "continued", "num_programs"]
+STEP_INTEGERS = ["t", "after", "first", "size", "active_rows", "num_programs"]
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def largest_of(ptr, first, count, max_abs):
     return max_abs
 
 
-@triton.jit(do_not_specialize=["begin", "first", "size", "joining", "live"])
+@triton.jit(do_not_specialize=["begin", "first", "size", "joining", "active_rows"])
 def lstm_external_max_kernel(
     dy_ptr,
     dh_ptr,
@@ -96,18 +95,7 @@ def in_scale(recurrent, exponent_delta, size, rows):
     return active_rows.to(tl.float64) * power_of_two(exponent_delta, tl.float64)
 
 
-@triton.jit
-def store_sums(sums_ptr, dh, dc, recurrent, i, f, g, o, mask, WITH_DH: tl.constexpr):
-    """A program's sums of a step; those of dh are the projection's where there is one."""
-    squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
-    if WITH_DH:
-        tl.store(sums_ptr, squares_dh)
-        tl.store(sums_ptr + 2, squares_recurrent)
-    tl.store(sums_ptr + 1, squares_dc)
-    store_counts(sums_ptr, low, high, forget)
-
-
-@triton.jit(do_not_specialize=STEP_INTEGERS)
+@triton.jit(do_not_specialize=[*STEP_INTEGERS, "previous", "rows_with_predecessor"])
 def lstm_bwd_step_kernel(
     factor_ptr,
     weight_ptr,

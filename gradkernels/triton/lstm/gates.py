@@ -124,3 +124,14 @@ def store_counts(sums_ptr, low, high, forget):
     for k in tl.static_range(3):
         tl.store(sums_ptr + NUM_NORMS + 4 + k, ((high >> (12 * k)) & 4095).to(tl.float64))
     tl.store(sums_ptr + NUM_SUMS - 1, forget)
+
+
+@triton.jit
+def store_sums(sums_ptr, dh, dc, recurrent, i, f, g, o, mask, WITH_DH: tl.constexpr):
+    """A program's sums of a step; those of dh are the projection's where there is one."""
+    squares_dh, squares_dc, squares_recurrent, low, high, forget = sums_of_gates(dh, dc, recurrent, i, f, g, o, mask)
+    if WITH_DH:
+        tl.store(sums_ptr, squares_dh)
+        tl.store(sums_ptr + 2, squares_recurrent)
+    tl.store(sums_ptr + 1, squares_dc)
+    store_counts(sums_ptr, low, high, forget)

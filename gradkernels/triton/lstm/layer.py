@@ -32,7 +32,7 @@ def lstm_layer_fwd(
     y = x.new_empty(len(rows), h0.shape[1])
     gates, cells = (wide.new_empty(len(rows), n) for n in (len(weight_hh), c0.shape[1]))
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
-    LayerDirection(steps, weights, rows, h0, c0, y, gates, cells).recurrence(0, len(steps.sizes))
+    LayerDirection(steps, weights, rows, h0, c0, y, gates, cells).forward(0, len(steps.sizes))
     h_n, c_n = last_rows(steps, y), last_rows(steps, cells)
     return y.view(*x.shape[:-1], y.shape[1]), h_n.clone(), c_n.to(x.dtype, copy=True), gates, cells
 
@@ -67,7 +67,7 @@ def lstm_layer_bwd(
     weights_of_direction = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
     layer_direction = LayerDirection(steps, weights_of_direction, rows_of(x), h0, c0, rows_of(y), gates, cells)
     layer_direction.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, inputs)
-    layer_direction.backward_reference(0, len(steps.sizes), time_stats is not None)
+    layer_direction.backward(0, len(steps.sizes), time_stats is not None)
     if weights:
         layer_direction.multiply()
     layer_direction.record(stats, time_stats)
