@@ -102,7 +102,7 @@ def test_table_of_many_alike() -> None:
     lines = table(history, []).splitlines()
     assert lines[:3] == ["step 3", "No finding. 3 rules checked on 3 steps, 1 stack.", ""]
     assert [line.split()[0] for line in lines[4:]] == ["layers.0", "…", "layers.60", "…", "layers.199"]
-    assert "bad" not in lines[3]
+    assert "nonfinite" not in lines[3]
     assert "zeros" not in lines[3]
     assert "-1    decades   +1" in lines[3]
     assert len(table(history, [], all=True).splitlines()) == 204

@@ -23,7 +23,7 @@ def summary(history: History, findings: Sequence[Finding]) -> list[str]:
     if not findings:
         steps = len(history)
         if steps < PERSISTENCE:
-            return [f"No verdict before step {PERSISTENCE}."]
+            return [f"Nothing is judged before step {PERSISTENCE}."]
         stacks = len(history.stacks)
         return [f"No finding. {len(RULES)} rules checked on {steps} steps, {stacks} stack{'s' * (stacks != 1)}."]
     lines = []
@@ -70,11 +70,12 @@ def _lines(history: History, rows: dict[str, dict[str, Record]], all: bool) -> l
     sites = {site.name: site for site in history.sites}
     decades = _decades(history, rows, sites)
     scale = max(1, math.ceil(max((abs(value) for value in decades.values() if math.isfinite(value)), default=1.0)))
-    bad = any(record.nonfinite_count for ports in rows.values() for record in ports.values())
+    nonfinite = any(record.nonfinite_count for ports in rows.values() for record in ports.values())
     zeros = any(record.zero_count for ports in rows.values() for record in ports.values())
     outgoing = any("dx" in ports and sites[name].port != "dx" for name, ports in rows.items())
-    head = f"{'site':<{SITE + 1}}{'|dL/dh|':>9}" + (f"{'|dL/dx|':>9}" if outgoing else "")
-    head += (f"{'zeros':>6}" if zeros else "") + (f"{'bad':>6}" if bad else "")
+    width = _site_width(nonfinite)
+    head = f"{'site':<{width + 1}}{'|dL/dh|':>9}" + (f"{'|dL/dx|':>9}" if outgoing else "")
+    head += (f"{'zeros':>6}" if zeros else "") + (f"{'nonfinite':>10}" if nonfinite else "")
     lines = [(head + f" {-scale:<+{BAR // 2 - 3}d} decades {scale:>+{BAR // 2 - 4}d}").rstrip()]
     shown = set(rows) if all else _worth_showing(rows, decades)
     hidden = 0
@@ -85,7 +86,7 @@ def _lines(history: History, rows: dict[str, dict[str, Record]], all: bool) -> l
         if hidden:
             lines.append(f"  … {hidden} more like these")
             hidden = 0
-        lines.append(_line(sites[name], ports, decades.get(name), scale, (outgoing, zeros, bad)))
+        lines.append(_line(sites[name], ports, decades.get(name), scale, (outgoing, zeros, nonfinite)))
     if hidden:
         lines.append(f"  … {hidden} more like these")
     return lines
@@ -126,18 +127,24 @@ def flow_bar(decades: float, scale: int) -> str:
     return (" " * (half - length) + "<" * length if decades < 0 else " " * half) + "|" + (">" * length if decades > 0 else "")
 
 
+def _site_width(nonfinite: bool) -> int:
+    """What fits 80 columns beside all the others."""
+    return SITE - 4 if nonfinite else SITE
+
+
 def _line(site: SiteRows, ports: dict[str, Record], decades: float | None, scale: int, columns: tuple[bool, bool, bool]) -> str:
     """One site: dL/dh, what goes out, exact zeros of dL/dh, elements that are not finite anywhere."""
-    outgoing, zeros, bad = columns
+    outgoing, zeros, nonfinite = columns
     hidden = ports.get(site.port)
-    line = f"{short_name(site_label(site.name, site.layer), SITE):<{SITE + 1}}{_norm(hidden):>9}"
+    width = _site_width(nonfinite)
+    line = f"{short_name(site_label(site.name, site.layer), width):<{width + 1}}{_norm(hidden):>9}"
     if outgoing:
         line += f"{_norm(ports.get('dx') if site.port != 'dx' else None):>9}"
     if zeros:
         line += f"{f'{100 * hidden.zero_count / hidden.numel:.0f}%' if hidden and hidden.numel else '-':>6}"
-    if bad:
+    if nonfinite:
         count = sum(record.nonfinite_count for record in ports.values())
-        line += f"{count if count < 100_000 else '>99k':>6}"
+        line += f"{count:>10}"
     return f"{line} {'' if decades is None else flow_bar(decades, scale)}".rstrip()
 
 
