@@ -129,7 +129,7 @@ def flow_bar(decades: float, scale: int) -> str:
 
 def _site_width(nonfinite: bool) -> int:
     """What fits 80 columns beside all the others."""
-    return SITE - 4 if nonfinite else SITE
+    return SITE - 5 if nonfinite else SITE
 
 
 def _line(site: SiteRows, ports: dict[str, Record], decades: float | None, scale: int, columns: tuple[bool, bool, bool]) -> str:

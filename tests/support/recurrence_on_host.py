@@ -1,4 +1,4 @@
-"""The recurrences of csrc/cuda on the host, through tests/cuda_on_host.cpp, and what they are compared with.
+"""The recurrences of csrc/cuda on the host, through tests/cuda_emulator/cuda_on_host.cpp, and what they are compared with.
 
 Each step forward is compared with its formula in float64, from what the recurrence itself gave for the step before, so that the
 tolerance is the rounding of one step. The backward recurrence is compared as a whole, with dG rounded as the recurrence rounds
@@ -18,8 +18,8 @@ import torch
 
 from gradkernels.ops.lstm_layer import order_of, previous_rows, step_backward, step_forward
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "tests" / "cuda_on_host.cpp"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "tests" / "cuda_emulator" / "cuda_on_host.cpp"
 COMPILER = shutil.which("g++")
 H100 = (132, 232448)  # multiprocessors, bytes of shared memory a block may have
 NUM_SUMS = 11
@@ -30,7 +30,7 @@ TILING = (*TILING, "slices", "groups", "shared_weights", "shared_bytes", "cycles
 
 
 class Request(Structure):
-    """Its twin is in tests/cuda_on_host.cpp."""
+    """Its twin is in tests/cuda_emulator/cuda_on_host.cpp."""
 
     _fields_ = (
         [(name, c_int64) for name in ("T", "B", "H")]

@@ -5,18 +5,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from test_fallback import run, run_tests
+from processes import ROOT, run, run_tests
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradkernels.telemetry import NUM_SLOTS
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 OP = torch.ops.gradkernels
 RECURRENT = ("lstm_fwd_step_kernel", "lstm_bwd_step_kernel")
@@ -29,23 +27,23 @@ since_3_9 = pytest.mark.skipif(
 
 
 def test_kernels():
-    """tests/test_triton_kernels.py: every kernel, interpreted."""
+    """tests/gpu/test_triton_kernels.py: every kernel, interpreted."""
     run_tests("-p", "on_triton", "test_triton_kernels.py", "-W", "ignore")
 
 
 def test_shared_memory():
-    """tests/test_shared_memory.py on the kernels, but for all choices, which take thousands of interpreted calls."""
+    """tests/ops/test_shared_memory.py on the kernels, but for all choices, which take thousands of interpreted calls."""
     run_tests("-p", "on_triton", "test_shared_memory.py", "-W", "ignore", "-k", "halving or zeroes")
 
 
 @pytest.mark.parametrize("part", ["lstm", "stack"])
 def test_lstm(part):
-    """tests/test_triton_lstm.py: the LSTM's kernels, interpreted; tests/test_lstm_stack.py: several parts at once."""
+    """tests/gpu/test_triton_lstm.py: the LSTM's kernels, interpreted; tests/gpu/test_lstm_stack.py: several parts at once."""
     run_tests("-p", "on_triton", {"lstm": "test_triton_lstm.py", "stack": "test_lstm_stack.py"}[part], "-W", "ignore")
 
 
 def test_lstm_edges():
-    """tests/test_lstm_edges.py: sizes of zero, and batch_sizes of any layout, changed or wrong."""
+    """tests/lstm/test_lstm_edges.py: sizes of zero, and batch_sizes of any layout, changed or wrong."""
     run_tests("-p", "on_triton", "test_lstm_edges.py", "-W", "ignore", "-k", "not float64 and not float16")
 
 

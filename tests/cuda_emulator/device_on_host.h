@@ -23,8 +23,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../csrc/cuda/device.h"
-#include "../csrc/cuda/lstm_tiling.h"
+#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/lstm_tiling.h"
 #include "fibers_on_host.h"
 
 namespace gk::host {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAYERS = (  # the lowest first; a folder stands for all modules in it
     ("autocast", "library", "nested"),
     ("telemetry",),

@@ -5,12 +5,13 @@ import signal
 
 import pytest
 import torch
-from checks import check_threads
-from lstm_cases import layer_inputs
-from test_lstm_layer import LAYOUTS, OP, case_of, same
+from checks import check_threads, same
+from lstm_cases import LAYOUTS, case_of, layer_inputs
 
 import gradkernels as gk
 from gradkernels.testing import differentiate, randn
+
+OP = torch.ops.gradkernels
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed reverse", "projected"])

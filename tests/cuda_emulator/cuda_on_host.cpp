@@ -1,9 +1,9 @@
-// The recurrences of csrc/cuda as functions that tests/recurrence_on_host.py calls through ctypes: tiled for a device of the
-// size that the test asks for, and run by tests/device_on_host.h.
+// The recurrences of csrc/cuda as functions that tests/support/recurrence_on_host.py calls through ctypes: tiled for a device of the
+// size that the test asks for, and run by tests/cuda_emulator/device_on_host.h.
 #include "device_on_host.h"
 
-#include "../csrc/cuda/lstm_recurrence_backward.h"
-#include "../csrc/cuda/lstm_recurrence_forward.h"
+#include "../../csrc/cuda/lstm_recurrence_backward.h"
+#include "../../csrc/cuda/lstm_recurrence_forward.h"
 
 #include <limits>
 
@@ -11,7 +11,7 @@ using namespace gk;
 
 extern "C" {
 
-// What goes in beside the tensors; tests/recurrence_on_host.py has the same fields.
+// What goes in beside the tensors; tests/support/recurrence_on_host.py has the same fields.
 struct Request {
   int64_t T, B, H;
   const int64_t* offsets;

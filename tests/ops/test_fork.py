@@ -12,9 +12,8 @@ import pytest
 import torch
 from cases import make_case
 from checks import same, tuple_of
-from lstm_cases import cell_case
-from test_fallback import run
-from test_lstm_layer import case_of
+from lstm_cases import case_of, cell_case
+from processes import run
 
 import gradkernels as gk
 from gradkernels.library import _C

@@ -1,4 +1,4 @@
-"""What tests/test_dtensor.py checks, in the two processes that it starts: `main(rank, folder)` runs every case in each of them.
+"""What test_dtensor.py checks, in the two processes that it starts: `main(rank, folder)` runs every case in each of them.
 
 A case is a function of the mesh that raises where something is wrong. Both processes draw the same numbers, so each knows the
 whole tensors that its own parts are of.

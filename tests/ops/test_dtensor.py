@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,11 @@ if not torch.distributed.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)
 
 from dtensor_cases import CASES
+from processes import environment_of
 from torch.distributed.tensor import DTensor
 
 from gradkernels.sharding import RULES
 
-TESTS = Path(__file__).parent
 OF_TABLES = {"add_row", "add_steps", "make_room", "take_rows", "take_steps"}
 ORDERS = {
     "": False,
@@ -35,7 +34,7 @@ def failed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     plugin = "import without_extension; " if "without_extension" in sys.modules else ""
     start = f"{plugin}import sys; from dtensor_cases import main; main(int(sys.argv[1]), sys.argv[2])"
-    ranks = [subprocess.Popen([sys.executable, "-c", start, str(rank), str(folder)], cwd=TESTS) for rank in range(2)]
+    ranks = [subprocess.Popen([sys.executable, "-c", start, str(rank), str(folder)], env=environment_of()) for rank in range(2)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     finally:
@@ -67,5 +66,5 @@ def test_every_kernel_is_registered(op):
 def test_loaded_when_needed(first, loaded):
     """Importing gradkernels imports nothing of DTensor's; whichever of the two comes first, the rules are there."""
     program = first + LOADED.format("torch.distributed.tensor")
-    done = subprocess.run([sys.executable, "-c", program], cwd=TESTS, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment_of(), capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(loaded)] * 2

@@ -1,5 +1,5 @@
 """The body of the CUDA kernels, executed on the host: blocks are threads, barriers and matrix fragments mean what they mean on
-a device (tests/device_on_host.h).
+a device (tests/cuda_emulator/device_on_host.h).
 """
 
 import math

@@ -19,7 +19,7 @@ from checks import (
     same,
     with_stats,
 )
-from lstm_cases import check_time_stats, expected_steps, layer_case, layer_inputs, plain_layer, torch_layer
+from lstm_cases import LAYOUTS, case_of, check_time_stats, expected_steps, layer_case, layer_inputs, plain_layer
 from torch.autograd import gradcheck, gradgradcheck
 
 import gradkernels as gk
@@ -27,23 +27,7 @@ from gradkernels.ops.lstm_layer import PORTS, lstm_layer_fwd_reference
 from gradkernels.testing import DTYPES, check_results, check_stats, compare, differentiate, randn
 
 OP = torch.ops.gradkernels
-LENGTHS = (7, 4, 4, 1)
-LAYOUTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "packed": {"lengths": LENGTHS},
-    "packed reverse": {"lengths": LENGTHS, "reverse": True},
-    "projected": {"P": 3},
-    "projected packed reverse": {"P": 3, "lengths": LENGTHS, "reverse": True},
-    "no bias": {"bias": False},
-}
 SHAPES = ((1, 1, 1, 1), (3, 2, 5, 17), (2, 7, 3, 65), (4, 13, 40, 33), (5, 1, 4, 16), (2, 6, 3, 130))
-
-
-def case_of(T=7, B=4, D=5, H=19, dtype=torch.float32, reverse=False, **options):
-    inputs, batch_sizes = layer_inputs(T, B, D, H, dtype=dtype, **options)
-    eager = plain_layer if dtype is torch.float16 else torch_layer  # torch.lstm does not take float16 on every CPU
-    return layer_case(inputs, batch_sizes, reverse, eager=eager)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -199,3 +199,21 @@ def check_time_stats(time_stats, expected, dtype):
         found, rtol = time_stats[1 : 1 + T, column], computed if 3 <= column < 11 else relative
         torch.testing.assert_close(found, expected[name], rtol=rtol, atol=0, msg=lambda m, name=name: f"{name}: {m}")
     assert not time_stats[1 + T :].any()
+
+
+LENGTHS = (7, 4, 4, 1)
+LAYOUTS = {
+    "padded": {},
+    "reverse": {"reverse": True},
+    "packed": {"lengths": LENGTHS},
+    "packed reverse": {"lengths": LENGTHS, "reverse": True},
+    "projected": {"P": 3},
+    "projected packed reverse": {"P": 3, "lengths": LENGTHS, "reverse": True},
+    "no bias": {"bias": False},
+}
+
+
+def case_of(T=7, B=4, D=5, H=19, dtype=torch.float32, reverse=False, **options):
+    inputs, batch_sizes = layer_inputs(T, B, D, H, dtype=dtype, **options)
+    eager = plain_layer if dtype is torch.float16 else torch_layer  # torch.lstm does not take float16 on every CPU
+    return layer_case(inputs, batch_sizes, reverse, eager=eager)

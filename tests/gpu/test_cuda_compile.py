@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import cuda_codegen
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_nvcc = pytest.mark.skipif(cuda_codegen.nvcc() is None, reason="nvcc is not there")
 FIGURES = ("registers", "stack_bytes", "spill_stores", "spill_loads", "static_shared_bytes")
 

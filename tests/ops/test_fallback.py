@@ -1,36 +1,16 @@
 """The op tests again, in processes of their own: without the extension, and on each instruction set."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import run, run_tests
 
 import gradkernels
 from gradkernels.ops import OPS
 
-TESTS = Path(__file__).parent
 CAPABILITIES = ("default", "avx2", "avx512")  # ATEN_CPU_CAPABILITY, each including those before it
 SHOWN = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
 IMPLEMENTATIONS = "import gradkernels; print(gradkernels.implementations())"
 NUMBERS = "(implementation or tails or layouts or stats or threads or special or accuracy or one_output) and not vmap"
-
-
-def run(*arguments, **environment):
-    """Standard output of a Python process in the tests' directory, which must succeed."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run([sys.executable, *arguments], cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.fail(f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}", pytrace=False)
-    return done.stdout
-
-
-def run_tests(*arguments, **environment):
-    """Runs tests in a process of their own, which says in a line each what failed."""
-    run("-m", "pytest", "-p", "no:cacheprovider", "--tb=line", *arguments, **environment)
 
 
 def test_import_without_extension():

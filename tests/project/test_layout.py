@@ -7,16 +7,20 @@ import pytest
 
 from gradkernels.ops import OPS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLACES = (
     "gradkernels/ops/{}.py",
     "csrc/autograd/{}.cpp",
     "csrc/cpu/{}.cpp",
     "gradkernels/triton/{}.py",
-    "tests/test_{}.py",
+    "tests/ops/test_{}.py",
     "benchmarks/bench_{}.py",
 )
-HOMES = {"csrc/cpu/lstm_": "csrc/cpu/lstm/", "gradkernels/triton/lstm_": "gradkernels/triton/lstm/"}  # many files: a folder
+HOMES = {  # many files: a folder of their own
+    "csrc/cpu/lstm_": "csrc/cpu/lstm/",
+    "gradkernels/triton/lstm_": "gradkernels/triton/lstm/",
+    "tests/ops/test_lstm_": "tests/lstm/test_lstm_",
+}
 NO_BENCHMARK = {"probe"}
 COMPOSED = {"lstm"}  # of other ops: no kernels
 MAX_LINES, MAX_FUNCTION, MAX_KERNEL = 400, 60, 80

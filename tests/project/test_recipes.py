@@ -11,10 +11,14 @@ import pytest
 
 from gradkernels.ops import OPS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 RECIPES = ("An op", "A row field", "A time field", "A rule", "A report format")
-HOMES = {"csrc/cpu/lstm_": "csrc/cpu/lstm/", "gradkernels/triton/lstm_": "gradkernels/triton/lstm/"}
+HOMES = {  # many files: a folder of their own
+    "csrc/cpu/lstm_": "csrc/cpu/lstm/",
+    "gradkernels/triton/lstm_": "gradkernels/triton/lstm/",
+    "tests/ops/test_lstm_": "tests/lstm/test_lstm_",
+}
 
 
 def files_of(recipe):
@@ -77,7 +81,7 @@ def edit(path, **words):
 
 def run(root, code):
     """What Python prints in the copy, without the extension, which is built of the original."""
-    code = f"import sys; sys.path.insert(0, 'tests'); import without_extension\n{code}"
+    code = f"import sys; sys.path.insert(0, 'tests/support'); import without_extension\n{code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -112,11 +116,21 @@ torch.testing.assert_close(stats[1, 0, 2], dx.double().square().sum())
 print(gk.implementations()["toy on cpu"])
 """
     assert "reference" in run(copy, code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "without_extension", "test_layout.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "without_extension",
+        "project/test_layout.py",
+    ]
     done = subprocess.run(
-        [*command, "test_imports.py"],
+        [*command, "project/test_layout.py", "project/test_imports.py"],
         cwd=copy / "tests",
-        env={**os.environ, "PYTHONPATH": str(copy)},
+        env={**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy / 'tests/support'}"},
         capture_output=True,
         text=True,
         check=False,

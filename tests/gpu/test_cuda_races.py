@@ -1,4 +1,4 @@
-"""The body of the CUDA recurrences under sanitizers, on the host (tests/device_on_host.h).
+"""The body of the CUDA recurrences under sanitizers, on the host (tests/cuda_emulator/device_on_host.h).
 
 ThreadSanitizer takes every thread of every block for a thread of its own, and knows nothing but the barriers and flags that
 order them on a device: whatever is written and read without one between is found, whoever happened to come first.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent / "cuda_sanitized.cpp"
+SOURCE = Path(__file__).parents[1] / "cuda_emulator" / "cuda_sanitized.cpp"
 COMPILER = shutil.which("g++")
 TILED = (0,) * 8
 
