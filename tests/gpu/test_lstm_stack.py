@@ -42,8 +42,8 @@ def on_host(body):
     recurrences, persistent = OnHost(body), "gradkernels.triton.lstm.persistent"
     with (
         mock.patch(f"{persistent}.OPS", recurrences),
-        mock.patch(f"{persistent}.tiled", recurrences.tiling_of),
-        mock.patch(f"{MODULE}.tiled", recurrences.tiling_of),
+        mock.patch(f"{persistent}.tiling_of", recurrences.tiling_of),
+        mock.patch(f"{MODULE}.tiling_of", recurrences.tiling_of),
         mock.patch(f"{MODULE}.CHUNK_STEPS", 4),
     ):
         yield recurrences

@@ -226,7 +226,7 @@ def test_persistent_recurrence(layout, telemetry):
     module = "gradkernels.triton.lstm.persistent"
     time_stats = gk.new_time_stats(5) if telemetry else None
     case = layer_case(inputs, batch_sizes, reverse, time_stats=time_stats)
-    with mock.patch(f"{module}.tiled", tiling_of), mock.patch(f"{module}.OPS", ops):
+    with mock.patch(f"{module}.tiling_of", tiling_of), mock.patch(f"{module}.OPS", ops):
         differentiate(case.function, case.inputs, case.dys)
     gates, weight_hh, h0, c0, y, cells, given, given_reverse, _ = seen["forward"]
     shapes = [tuple(t.shape) for t in (gates, weight_hh, h0, c0, y, cells)]
