@@ -20,7 +20,7 @@ import gradkernels as gk
 from gradkernels.ops.lstm import sequential
 
 if "on_triton" in sys.modules:
-    from gradkernels.triton.lstm.stack import concurrent, saved_for, schedule_of, schedules_of
+    from gradkernels.triton.lstm.stack import concurrent, lstm, saved_for, schedule_of, schedules_of
     from gradkernels.triton.lstm.streams import StreamGroup
 
 ON_HOST = "on_triton" in sys.modules and not sys.modules["on_triton"].ON_GPU
@@ -289,6 +289,27 @@ def test_traced_and_transformed(shuffled, on_host):
     torch.func.vmap(lambda x: seen.append(schedules_of(stack, x, *arguments[1:])) or x.sum())(tensors[0].expand(2, -1, -1, -1))
     assert seen == [[]]
     assert len(schedules_of(stack, *arguments)) == 2
+
+
+def test_dispatch(shuffled, on_host):
+    """Registered at the keys of a device, as for CUDA: with gradients and without, the op runs concurrently there."""
+    library = torch.library.Library("gradkernels", "IMPL")
+    try:
+        for key in ("CPU", "AutogradCPU"):
+            library.impl("lstm", lstm, key)
+        module = gk.LSTM(6, 16, bidirectional=True, dtype=torch.bfloat16)
+        x = torch.randn(3, 2, 6, dtype=torch.bfloat16)
+        y, _ = module(x)
+        assert "_Concurrent" in type(y.grad_fn).__name__
+        y.sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+        with torch.inference_mode():
+            before = on_host.recurrences
+            torch.testing.assert_close(module(x)[0], y, rtol=0, atol=0)
+            assert on_host.recurrences == before + 2
+    finally:
+        library._destroy()
+    assert "_Concurrent" not in type(module(x)[0].grad_fn).__name__
 
 
 class FakeStream:

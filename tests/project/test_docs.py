@@ -18,6 +18,7 @@ import gradkernels as gk
 from gradkernels import cli
 
 ROOT = Path(__file__).parents[2]
+OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md")
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -152,7 +153,7 @@ def test_files_exist(page: Path) -> None:
             assert (ROOT / span).exists(), span
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=[*NAMES, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name for name in OTHERS)], ids=[*NAMES, *OTHERS])
 def test_lines_are_short(page: Path) -> None:
     assert [line for line in page.read_text().splitlines() if len(line) > MAX_COLUMNS] == []
 
