@@ -33,7 +33,7 @@ CASES = {  # each large enough to be shared by two threads, in products too
 @pytest.mark.parametrize("generations", [1, 2])
 @pytest.mark.parametrize("op", CASES)
 def test_child(op, generations):
-    run("test_fork.py", op, str(generations))
+    run(__file__, op, str(generations))
 
 
 def results(case, leaves, dys):
