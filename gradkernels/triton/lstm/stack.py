@@ -23,7 +23,7 @@ from gradkernels.autocast import autocast_off
 from gradkernels.library import LIBRARY
 from gradkernels.ops._steps import rows_of, rows_per_step
 from gradkernels.ops.layer_norm import upcast
-from gradkernels.ops.lstm import Stack, sequential
+from gradkernels.ops.lstm import IMPLEMENTED, Stack, sequential
 from gradkernels.ops.lstm_layer import check_layer
 from gradkernels.triton.lstm.backward import BackwardResult
 from gradkernels.triton.lstm.direction import Call, LayerDirection
@@ -322,3 +322,4 @@ def lstm(
 
 for key in ("CUDA", "AutogradCUDA"):
     LIBRARY.impl("lstm", lstm, key)
+IMPLEMENTED.add("cuda")
