@@ -230,7 +230,7 @@ class CachedOp : public c10::OperatorKernel {
   }
 
  private:
-  // Calls the function; through `watch_`, which says what it did, where a capture is to be made for `capture`.
+  // Calls the function; through `watch_`, which says what it did, where launches are to be captured for `captured`.
   void run_python(const c10::OperatorHandle& op, torch::jit::Stack* stack, const Call* captured) {
     const auto& schema = op.schema();
     auto arguments = torch::jit::pop(*stack, schema.arguments().size());

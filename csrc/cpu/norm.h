@@ -88,7 +88,7 @@ template <typename TX>
 class ColumnSums {
  public:
   ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t tasks, bool wanted)
-      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), programs_(tasks), wanted_(wanted) {
+      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), tasks_(tasks), wanted_(wanted) {
     if (!wanted || !(weight || bias)) return;
     recent_.resize(2 * tasks * padded_);
     if (M > ROWS_OF_A_SUM) total_.resize(2 * tasks * N);
@@ -117,7 +117,7 @@ class ColumnSums {
       auto* to = gradient.template mutable_data_ptr<scalar_t>();
       for (int64_t k = 0; k < N_; ++k) {
         double sum = 0;
-        for (int64_t p = 0; p < programs_; ++p) {
+        for (int64_t p = 0; p < tasks_; ++p) {
           sum += static_cast<double>(recent_[(2 * p + which) * padded_ + k]);
           if (!total_.empty()) sum += total_[(2 * p + which) * N_ + k];
         }
@@ -129,7 +129,7 @@ class ColumnSums {
   }
 
   const OptionalTensor &weight_, &bias_;
-  int64_t N_, padded_, programs_;
+  int64_t N_, padded_, tasks_;
   bool wanted_;
   std::vector<A> recent_;  // of each task: dweight, dbias
   std::vector<double> total_;

@@ -258,11 +258,11 @@ static void norm_bwd(const NormBackward<TX, TY>& p, int64_t begin, int64_t end, 
   range(p, begin, end, out);
 }
 
-// Rows [begin, end) of a task's rows that end at `end_of_program`.
+// Rows [begin, end) of a task's rows that end at `end_of_task`.
 template <typename TX, typename TY>
 static void norm_fwd(const TX* x, TY* y, const Acc<TX>* weight, const Acc<TX>* bias, double eps, int64_t N, int64_t begin,
-                     int64_t end, int64_t end_of_program, Acc<TX>* mean, Acc<TX>* rstd) {
-  const int64_t end_roomy = std::min(end, end_of_room<TX>(N, begin, end_of_program));
+                     int64_t end, int64_t end_of_task, Acc<TX>* mean, Acc<TX>* rstd) {
+  const int64_t end_roomy = std::min(end, end_of_room<TX>(N, begin, end_of_task));
   const RowShape<TX> roomy(N, true), crowded(N, false);
   int64_t row = begin;
   for (; row + ROWS <= end_roomy; row += ROWS)

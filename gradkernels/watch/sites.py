@@ -21,7 +21,7 @@ from gradkernels.telemetry.names import NUMBER
 PROBE, RESIDUAL, LAYER = "probe", "residual", "layer"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MANY_LAYERS = 4  # of one class in a container: a chain worth looking into, also inside a block
-HEAD = 4096  # outputs from which on a Linear that upcasts fourfold is taken for a vocabulary's: too large to read for nothing
+HEAD = 4096  # outputs from which on a Linear that widens fourfold is taken for a vocabulary's: too large to read for nothing
 WRAPPED = re.compile(r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module")
 WRAPPER = re.compile(r"Parallel|AveragedModel|Engine")  # in the class names of those that call their model `module`
 
