@@ -1,6 +1,7 @@
 // The thin layer between a kernel's body and the machine that runs it: threads, barriers, the matrix product of a warp, and
 // loads and stores that other blocks see. For nvcc it is defined here; for a compiler of the host it is only declared, and
-// tests/cuda_emulator/device_on_host.h defines it with fibers and threads, so that a test can run the body on a machine without a GPU.
+// tests/cuda_emulator/device_on_host.h defines it with fibers and threads, so that a test can run the body on a machine without
+// a GPU.
 #pragma once
 
 #include <stdint.h>

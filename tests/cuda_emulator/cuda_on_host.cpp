@@ -1,5 +1,5 @@
-// The recurrences of csrc/cuda as functions that tests/support/recurrence_on_host.py calls through ctypes: tiled for a device of the
-// size that the test asks for, and run by tests/cuda_emulator/device_on_host.h.
+// The recurrences of csrc/cuda as functions that tests/support/recurrence_on_host.py calls through ctypes: tiled for a device
+// of the size that the test asks for, and run by tests/cuda_emulator/device_on_host.h.
 #include "device_on_host.h"
 
 #include "../../csrc/cuda/lstm_recurrence_backward.h"

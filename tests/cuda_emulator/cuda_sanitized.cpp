@@ -1,4 +1,5 @@
-// One case of the recurrences forward and back as a program of its own, for tests/gpu/test_cuda_races.py to build with a sanitizer:
+// One case of the recurrences forward and back as a program of its own, for tests/gpu/test_cuda_races.py to build with a
+// sanitizer:
 //   B H half reverse packed misaligned forgotten {M unit_warps row_warps row_tiles} {the same of the backward recurrence}
 //   size...
 // M = 0: the chooser's. misaligned: W_hh begins two bytes behind what is aligned.
