@@ -4,6 +4,8 @@
 #include "probe.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include "node.h"
 
@@ -16,19 +18,32 @@ struct ProbeHook {
   OptionalTensor stats;
 };
 
-// What autograd calls with the gradient of a tensor.
-struct Measure {
+// What autograd calls with the gradient of output `index` of a node.
+struct Measure : torch::autograd::FunctionPreHook {
   std::shared_ptr<const ProbeHook> hook;
+  size_t index;
 
-  at::TensorBase operator()(const at::TensorBase& gradient) const {
-    const OptionalTensor stats = hook->stats;
-    if (stats && gradient.defined()) {
-      static const auto op = find<void(const Tensor&, Tensor&, int64_t)>("gradkernels::probe_bwd");
-      const at::AutoDispatchBelowAutograd guard;  // the gradient is a number
-      Tensor table = *stats;
-      op.call(Tensor(gradient), table, 0);
-    }
-    return {};
+  Measure(std::shared_ptr<const ProbeHook> hook, size_t index) : hook(std::move(hook)), index(index) {}
+
+  static void measure(const ProbeHook& hook, const Tensor& gradient) {
+    const OptionalTensor stats = hook.stats;
+    if (!stats || !gradient.defined()) return;
+    static const auto op = find<void(const Tensor&, Tensor&, int64_t)>("gradkernels::probe_bwd");
+    const at::AutoDispatchBelowAutograd guard;  // the gradient is a number
+    Tensor table = *stats;
+    op.call(gradient, table, 0);
+  }
+  variable_list operator()(const variable_list& gradients) override {
+    measure(*hook, gradients[index]);
+    return gradients;
+  }
+  // Compiled autograd calls a function in the place of the hook.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    const auto function = [hook = hook](const at::TensorBase& gradient) {
+      measure(*hook, Tensor(gradient));
+      return gradient;
+    };
+    args.add_cpp_single_tensor_pre_hook(function, index);
   }
 };
 
@@ -38,13 +53,13 @@ bool attach(const std::shared_ptr<ProbeHook>& hook, const Tensor& x) {
   if (!x.requires_grad() || !x.grad_fn() || x.is_complex() || x.layout() != at::kStrided || x.is_nested() ||
       at::isTensorSubclassLike(x))
     return false;
-  auto& hooks = torch::autograd::impl::get_autograd_meta(x)->cpp_hooks_list_;
-  if (!hooks) torch::autograd::impl::create_cpp_hook(x);
-  for (const auto& other : *hooks) {
-    const auto* own = other.target<Measure>();
-    if (own && (own->hook == hook || (hook->stats && own->hook->stats && own->hook->stats->is_same(*hook->stats)))) return true;
+  const auto node = x.grad_fn();
+  for (const auto& other : node->tensor_pre_hooks()) {
+    const auto* own = dynamic_cast<const Measure*>(other.get());
+    if (!own || own->index != x.output_nr()) continue;
+    if (own->hook == hook || (hook->stats && own->hook->stats && own->hook->stats->is_same(*hook->stats))) return true;
   }
-  hooks->emplace_back(Measure{hook});
+  node->add_tensor_pre_hook(std::make_unique<Measure>(hook, x.output_nr()));
   return true;
 }
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -122,3 +123,20 @@ def test_is_grads_batched_counts_every_gradient():
     assert numels[("2", "dy")] == 60
     assert numels[("1", "dx")] == 60
     assert numels[("2", "dweight")] == 20
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_autograd(fresh_compiler):
+    """It takes hooks written in C++ of one kind alone: those of probes measure there what they measure elsewhere."""
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)])
+    watch, x = gk.watch(net), torch.randn(4, 8)
+
+    def step():
+        net(x).square().sum().backward()
+        watch.step()
+        return [(record.site, record.observation_count, record.norm) for record in watch.records()]
+
+    expected = step()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        assert step() == expected
+    assert len(expected) == 3
