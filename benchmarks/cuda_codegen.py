@@ -2,7 +2,7 @@
 
 Every kernel of csrc/cuda is compiled by nvcc for sm_80, sm_90a and sm_100, no GPU needed, and ptxas's own report is read:
 registers, stack, spills, shared memory. Writes benchmarks/results/cuda_codegen.jsonl, a line a kernel and target, and the
-tables of docs/lstm_gpu.md: the kernels, and what csrc/cuda/lstm_tiling.h tilings and predicts. A prediction is marked as one.
+tables of docs/lstm_gpu.md: the kernels, and what csrc/cuda/lstm_tiling.h chooses and predicts. A prediction is marked as one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def describe(symbol: str) -> dict[str, Any]:
 
 
 def tilings(questions: list[tuple[int, int, bool, tuple[int, int]]]) -> list[dict[str, int]]:
-    """What the launcher would tiling for each (B, H, backward, (multiprocessors, shared bytes)), and the predicted cycles."""
+    """What the launcher would choose for each (B, H, backward, (multiprocessors, shared bytes)), and the predicted cycles."""
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/chooser"
         command = ["g++", "-std=c++20", "-x", "c++", f"-I{ROOT / 'csrc' / 'cuda'}", "-", "-o", program]

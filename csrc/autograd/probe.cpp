@@ -1,6 +1,5 @@
 // The hook of a probe on a tensor's gradient, where Python has nothing to do with it: gradkernels/ops/probe.py, GradientHook,
-// which does the same and serves the tensors that are refused here. A hook written in Python costs a small net ten times as
-// much.
+// which does the same and serves the tensors that are refused here.
 #include "probe.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>

@@ -14,7 +14,7 @@ std::array<int64_t, 2> recurrence_on_device(int device, int64_t B, int64_t H, co
                                             int64_t num_concurrent);
 
 // (blocks, units and batch rows of a block, its shared memory in bytes) on a device of `sms` multiprocessors whose blocks may
-// have `shared_bytes`: what the launcher would tiling there.
+// have `shared_bytes`: what the launcher would choose there.
 std::array<int64_t, 4> recurrence_tiling(int64_t B, int64_t H, bool backward, int sms, int shared_bytes);
 
 }  // namespace gk

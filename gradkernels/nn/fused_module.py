@@ -68,7 +68,7 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 class FusedModule(nn.Module):
-    """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each suffix of `suffixes`.
+    """A module with a `stats` attribute, for the ports named in PORTS; one that starts so for each of `suffixes`.
 
     TWIN: the torch.nn layer that computes the same of the same attributes, or None. For torch.fx a fused module is a leaf, as
     its twin is; torch.jit.script takes the twin in its place.

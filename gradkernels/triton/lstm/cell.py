@@ -113,8 +113,8 @@ def lstm_cell_bwd(
 ) -> tuple[torch.Tensor, ...]:
     """dx, dh, dc, dweight_ih, dweight_hh, dbias; no elements where not wanted. dG is rounded to x's dtype for the products."""
     dg, dc = x.new_empty(gates.shape), c.new_empty(c.shape)
-    external_max = (None if d is None else d.contiguous() for d in (dh_next, dc_next))
-    args = (*external_max, c.contiguous(), gates, dg, dc, c.numel())
+    arriving = (None if d is None else d.contiguous() for d in (dh_next, dc_next))
+    args = (*arriving, c.contiguous(), gates, dg, dc, c.numel())
     launch(lstm_cell_bwd_kernel, (max(1, -(-c.numel() // BLOCK)),), *args, H=c.shape[1], BLOCK=BLOCK, num_warps=4)
     dx = torch.mm(dg, weight_ih) if inputs else None
     dh = torch.mm(dg, weight_hh)
