@@ -22,7 +22,7 @@ NAMESPACE = "gradkernels"
 STATS = "Tensor(a!)? stats"  # in a schema: where statistics are written, or None
 VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.func.vmap, and autograd.grad(is_grads_batched=True)
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-ON_CUDA: list[str] = []  # ops that gradkernels.triton has registered kernels for
+ON_CUDA: dict[str, Callable] = {}  # ops that gradkernels.triton has registered kernels for
 FAKES: dict[torch._ops.OpOverload, Callable | None] = {}  # every op, and the fake of those that have kernels
 SPREAD: dict[type, Callable] = {}  # classes of tensors that consist of others, and what runs an op on those: sharding.py
 TRACED: dict[torch._ops.OpOverload, Callable] = {}  # those of them that torch.compile looks into: see implement
@@ -120,12 +120,12 @@ def implement(name: str, kernel: Callable, capture: Callable, opaque: bool = Fal
     """Makes `kernel`, a function that launches Triton kernels, what runs for the op on CUDA devices (ROCm's too).
 
     Where the extension is built, it repeats calls that it has seen before without calling `kernel`: csrc/launch_cache.h.
-    `watch(kernel, *args)` is called for the second call of a signature, and says what it did.
+    `capture(kernel, *args)` is called for the second call of a signature, and says what it did.
 
     torch.compile looks into it: in a graph the op is replaced by its allocations and launches, as torch.library.triton_op
-    does it, so that Inductor captured launches memory and launches for them as for kernels of its own.
+    does it, so that Inductor plans memory and launches for them as for kernels of its own.
     """
-    ON_CUDA.append(name)
+    ON_CUDA[name] = kernel
     op = getattr(torch.ops.gradkernels, name).default
     if _C is not None and not opaque:
         _C.implement(f"{NAMESPACE}::{name}", "CUDA", kernel, capture)

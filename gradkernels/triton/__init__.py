@@ -5,8 +5,8 @@ Imported by gradkernels where torch was built for CUDA or ROCm and triton is ins
 
 from importlib import import_module
 
+from gradkernels.library import ON_CUDA as KERNELS
 from gradkernels.ops import OPS
-from gradkernels.triton.launch_cache import KERNELS
 from gradkernels.triton.lstm import stack
 
 for op in OPS:

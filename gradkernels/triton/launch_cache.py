@@ -1,8 +1,8 @@
 """What a call of an op allocates, launches and returns, written down for csrc/launch_cache.cpp to do again without Python.
 
 Launches are captured from what one call did, and only where everything it did is understood: allocations, views, and
-launches of
-compiled kernels whose parameters, by the kernel's own declaration, are those that are passed. Any other call stays in Python.
+launches of compiled kernels whose parameters, by the kernel's own declaration, are those that are passed. Any other call
+stays in Python.
 """
 
 from __future__ import annotations
@@ -216,10 +216,6 @@ def capture(kernel: Callable, *args: Any) -> tuple[Any, tuple | None]:
     return result, recording.captured(args, outputs)
 
 
-KERNELS: dict[str, Callable] = {}  # what has been registered
-
-
 def register(op: str, kernel: Callable, opaque: bool = False) -> None:
     """Makes `kernel`, which launches Triton kernels, what runs for `op` on GPUs. opaque: torch.compile does not look in."""
-    KERNELS[op] = kernel
     implement(op, kernel, capture, opaque=opaque)

@@ -4,23 +4,19 @@ import ast
 from pathlib import Path
 
 import pytest
+from places import place_of
 
 from gradkernels.ops import OPS
 
 ROOT = Path(__file__).parents[2]
 PLACES = (
-    "gradkernels/ops/{}.py",
-    "csrc/autograd/{}.cpp",
-    "csrc/cpu/{}.cpp",
-    "gradkernels/triton/{}.py",
-    "tests/ops/test_{}.py",
-    "benchmarks/bench_{}.py",
+    "gradkernels/ops/<op>.py",
+    "csrc/autograd/<op>.cpp",
+    "csrc/cpu/<op>.cpp",
+    "gradkernels/triton/<op>.py",
+    "tests/ops/test_<op>.py",
+    "benchmarks/bench_<op>.py",
 )
-HOMES = {  # many files: a folder of their own
-    "csrc/cpu/lstm_": "csrc/cpu/lstm/",
-    "gradkernels/triton/lstm_": "gradkernels/triton/lstm/",
-    "tests/ops/test_lstm_": "tests/lstm/test_lstm_",
-}
 NO_BENCHMARK = {"probe"}
 COMPOSED = {"lstm"}  # of other ops: no kernels
 MAX_LINES, MAX_FUNCTION, MAX_KERNEL = 400, 60, 80
@@ -35,9 +31,8 @@ SOURCES = sorted(
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_its_files(op):
     missing = {"bench": NO_BENCHMARK}
-    places = [place.format(op) for place in PLACES if not any(part in place and op in ops for part, ops in missing.items())]
-    for start, home in HOMES.items():
-        places = [place.replace(start, home) for place in places]
+    patterns = [place for place in PLACES if not any(part in place and op in ops for part, ops in missing.items())]
+    places = [place_of(pattern, op) for pattern in patterns]
     assert [place for place in places if not (ROOT / place).is_file()] == []
 
 

@@ -8,17 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import place_of
 
 from gradkernels.ops import OPS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 RECIPES = ("An op", "A row field", "A time field", "A rule", "A report format")
-HOMES = {  # many files: a folder of their own
-    "csrc/cpu/lstm_": "csrc/cpu/lstm/",
-    "gradkernels/triton/lstm_": "gradkernels/triton/lstm/",
-    "tests/ops/test_lstm_": "tests/lstm/test_lstm_",
-}
 
 
 def files_of(recipe):
@@ -43,9 +39,7 @@ def test_files_are_there(recipe):
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_its_files(op):
     for path in files_of("An op"):
-        own = path.replace("<op>", op)
-        for start, home in HOMES.items():
-            own = own.replace(start, home)
+        own = place_of(path, op)
         assert (ROOT / own).is_file() or (op, path) == ("probe", "benchmarks/bench_<op>.py"), own
 
 

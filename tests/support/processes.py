@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-PATHS = (TESTS / "support", TESTS / "ops", TESTS)  # from which tests import what they share
+PATHS = (TESTS / "support", TESTS)  # from which tests import what they share
 
 
 def environment_of(**more):
