@@ -79,6 +79,10 @@ def define_kernel(schema: str, reference: Callable, fake: Callable, differentiab
     return op
 
 
+def no_output(*args: Any) -> None:
+    """The fake of an op that writes into its arguments and returns nothing."""
+
+
 def _trace(op: torch._ops.OpOverload, unmeasured: torch._ops.OpOverload | None, mode: FunctionalTensorMode, args: tuple) -> Any:
     """What becomes of `op` in a graph of torch.compile: the launches of a Triton kernel, or the op.
 

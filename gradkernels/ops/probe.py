@@ -6,17 +6,13 @@ from typing import Any
 
 import torch
 
-from gradkernels.library import _C, FLOATS, define_composite, define_kernel
+from gradkernels.library import _C, FLOATS, define_composite, define_kernel, no_output
 from gradkernels.nested import numbers_of
 from gradkernels.telemetry import LOCK, check_stats, measure_reference, without_graph
 
 PORTS = ("dy",)
 SCHEMA = "probe(Tensor(a) x, Tensor? stats) -> Tensor(a)"
 SCHEMA_BWD = "probe_bwd(Tensor dy, Tensor(a!) stats, int port) -> ()"
-
-
-def probe_bwd_fake(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
-    """Nothing comes out."""
 
 
 def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None:
@@ -31,7 +27,7 @@ def _probe_bwd_default(dy: torch.Tensor, stats: torch.Tensor, port: int) -> None
         measure_reference(dy, stats, port)
 
 
-probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, probe_bwd_fake, differentiable=False)
+probe_bwd = define_kernel(SCHEMA_BWD, _probe_bwd_default, no_output, differentiable=False)
 
 
 class GradientHook:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from gradkernels.library import _C, ArgumentError, define_kernel
+from gradkernels.library import _C, ArgumentError, define_kernel, no_output
 from gradkernels.telemetry import fields
 from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_NORMS, NUM_SLOTS, TIME_FIELDS
 
@@ -88,19 +88,11 @@ def add_row_reference(row: torch.Tensor, stats: torch.Tensor, port: int) -> None
         slot[ABS_MAX] = largest
 
 
-def add_row_fake(row: torch.Tensor, stats: torch.Tensor, port: int) -> None:
-    """Nothing comes out."""
-
-
 def take_rows_reference(stats: torch.Tensor, rows: torch.Tensor) -> None:
     """Writes the rows of a table, (ports, slots, fields), into `rows`, (ports, fields); the slots are zero afterwards."""
     with LOCK:
         rows.copy_(merge_slots(stats))
         stats.zero_()
-
-
-def take_rows_fake(stats: torch.Tensor, rows: torch.Tensor) -> None:
-    """Nothing comes out."""
 
 
 def add_steps_reference(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
@@ -119,10 +111,6 @@ def add_steps_reference(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
         table[:, NUM_NORMS:] += rows[:, NUM_NORMS:]
 
 
-def add_steps_fake(rows: torch.Tensor, time_stats: torch.Tensor) -> None:
-    """Nothing comes out."""
-
-
 def make_room_reference(time_stats: torch.Tensor, num_steps: int) -> None:
     """Grows `time_stats` in place to `num_steps` steps at least; what is there stays."""
     with LOCK:
@@ -130,10 +118,6 @@ def make_room_reference(time_stats: torch.Tensor, num_steps: int) -> None:
         if rows <= num_steps:
             time_stats.resize_(1 + num_steps, fields)
             time_stats[rows:].zero_()
-
-
-def make_room_fake(time_stats: torch.Tensor, num_steps: int) -> None:
-    """A table without memory keeps its size."""
 
 
 def take_steps_reference(time_stats: torch.Tensor) -> torch.Tensor:
@@ -155,8 +139,8 @@ def _define(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOv
     return define_kernel(schema, reference, fake, differentiable=False)
 
 
-add_row = _define("add_row(Tensor row, Tensor(a!) stats, int port) -> ()", add_row_reference, add_row_fake)
-take_rows = _define("take_rows(Tensor(a!) stats, Tensor(b!) rows) -> ()", take_rows_reference, take_rows_fake)
-add_steps = _define("add_steps(Tensor rows, Tensor(a!) time_stats) -> ()", add_steps_reference, add_steps_fake)
-make_room = _define("make_room(Tensor(a!) time_stats, int num_steps) -> ()", make_room_reference, make_room_fake)
+add_row = _define("add_row(Tensor row, Tensor(a!) stats, int port) -> ()", add_row_reference, no_output)
+take_rows = _define("take_rows(Tensor(a!) stats, Tensor(b!) rows) -> ()", take_rows_reference, no_output)
+add_steps = _define("add_steps(Tensor rows, Tensor(a!) time_stats) -> ()", add_steps_reference, no_output)
+make_room = _define("make_room(Tensor(a!) time_stats, int num_steps) -> ()", make_room_reference, no_output)
 take_steps = _define("take_steps(Tensor(a!) time_stats) -> Tensor", take_steps_reference, take_steps_fake)

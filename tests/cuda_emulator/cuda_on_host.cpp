@@ -16,7 +16,7 @@ struct Request {
   int64_t T, B, H;
   const int64_t* offsets;
   int32_t reverse, half;                        // half: float16, else bfloat16
-  int32_t sms, shared_bytes;                    // of the device to choose for   
+  int32_t sms, shared_bytes;                    // of the device to choose for
   int32_t M, unit_warps, row_warps, row_tiles;  // a tiling by hand; M = 0: the chooser's
   int32_t seed, dawdling, silent_block, missing_blocks;
   double timeout_seconds;
