@@ -42,8 +42,8 @@ def backward(op: str, dtype: torch.dtype) -> Callable[[torch.Tensor], object]:
     return {
         "gelu": lambda dy: KERNELS.gelu_bwd(dy, x, False, stats),
         "residual": lambda dy: KERNELS.residual_bwd(dy, beside, stats),
-        "layer_norm": lambda dy: KERNELS.layer_norm_bwd(dy, x, *norm, True, stats),
-        "add_layer_norm": lambda dy: KERNELS.add_layer_norm_bwd(dy, beside, x, *norm, dtype, False, True, stats),
+        "layer_norm": lambda dy: KERNELS.layer_norm_bwd(dy, x, *norm, [True] * 3, stats),
+        "add_layer_norm": lambda dy: KERNELS.add_layer_norm_bwd(dy, beside, x, *norm, dtype, [True, False, True, True], stats),
         "probe": lambda dy: KERNELS.probe_bwd(dy, stats, 0),
     }[op]
 

@@ -197,9 +197,9 @@ def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
                 yield (
                     {"op": "layer_norm", **what},
                     KERNELS["layer_norm_bwd"],
-                    (x, x, mean, mean, weight, weight, 1, True, make(4)),
+                    (x, x, mean, mean, weight, weight, 1, [True] * 3, make(4)),
                 )
-                last = (mean, mean, weight, weight, 1, dtype, True, True, make(5))
+                last = (mean, mean, weight, weight, 1, dtype, [True] * 4, make(5))
                 yield {"op": "add_layer_norm", **what}, KERNELS["add_layer_norm_bwd"], (x, h, h, *last)
                 if not on:
                     yield {"op": "layer_norm", **what}, KERNELS["layer_norm_fwd"], (x, weight, weight, 1, 1e-5)
@@ -215,7 +215,7 @@ def lstm_cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
             B, T, N = 32, 2, P or H
             x, h0, c0, bias, hr = make(T, B, H), make(B, N), make(B, H), make(4 * H), make(P, H) if P else None
             layer = (x, h0, c0, make(4 * H, H), make(4 * H, N), bias, bias, hr, None)
-            saved = (make(T, B, N), make(T * B, 4 * H, dtype=wide), make(T * B, H, dtype=wide), False, True, True)
+            saved = (make(T, B, N), make(T * B, 4 * H, dtype=wide), make(T * B, H, dtype=wide), False, [True] * 8)
             cell = (x[0], c0, c0, make(4 * H, H), make(4 * H, H), bias, bias)
             for on in (False, True):
                 what = {"dtype": str(dtype).removeprefix("torch."), "columns": H, "telemetry": on}
@@ -227,7 +227,7 @@ def lstm_cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
                 what = {"op": "lstm_cell", **what, "telemetry": False}
                 yield what, KERNELS["lstm_cell_fwd"], cell
                 gates = make(B, 4 * H, dtype=wide)
-                yield what, KERNELS["lstm_cell_bwd"], (c0, c0, *cell, gates, True, True, None)
+                yield what, KERNELS["lstm_cell_bwd"], (c0, c0, *cell, gates, [True] * 7, None)
 
 
 def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dict[str, Any]]:

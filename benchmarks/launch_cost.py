@@ -115,7 +115,7 @@ def calls_of(python: dict[str, Callable], captured: dict[str, Callable]) -> Iter
         return lambda index, dy=dy[:rows], x=x[:rows]: ATEN.gelu_backward.default(dy, x)
 
     mean, rstd = torch.zeros(SHAPE[0], 1), torch.ones(SHAPE[0], 1)
-    backward = (dy, x, mean, rstd, weight, bias, 1, True, table(4))
+    backward = (dy, x, mean, rstd, weight, bias, 1, [True] * 3, table(4))
     yield "layer_norm", "forward", variants("layer_norm_fwd", (x, weight, bias, 1, 1e-5), eager_layer_norm)
     yield "layer_norm", "backward", variants("layer_norm_bwd", backward, eager_layer_norm_backward)
     yield "gelu", "forward", variants("gelu_fwd", (x, False), eager_gelu)

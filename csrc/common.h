@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -22,6 +23,12 @@ namespace gk {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Which gradients of N inputs a backward is asked for. What is not wanted, or not there, comes back without elements: the
+// outputs of an op are tensors.
+template <size_t N>
+using OutputMask = std::array<bool, N>;
+inline Tensor no_gradient(const Tensor& like) { return at::empty({0}, like.options()); }
 
 // What a tensor of T is computed and summed in: float, and double for double.
 template <typename T>

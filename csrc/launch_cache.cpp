@@ -87,7 +87,7 @@ struct Call {
   bool read(const Tensor& t, c10::ArrayRef<c10::IValue> before);
 };
 
-enum Tag : uint64_t { NONE, INT, BOOL, DOUBLE, TENSOR };
+enum Tag : uint64_t { NONE, INT, BOOL, BOOLS, DOUBLE, TENSOR };
 
 bool Call::read(c10::ArrayRef<c10::IValue> arguments) {
   for (size_t position = 0; position < arguments.size(); ++position) {
@@ -103,6 +103,11 @@ bool Call::read(c10::ArrayRef<c10::IValue> arguments) {
       key.append({INT, static_cast<uint64_t>(value.toInt())});
     } else if (value.isBool()) {
       key.append({BOOL, static_cast<uint64_t>(value.toBool())});
+    } else if (value.isBoolList()) {
+      const auto list = value.toBoolList();
+      uint64_t bits = 1;  // above them, so that their number counts too
+      for (const bool bit : list) bits = bits << 1 | static_cast<uint64_t>(bit);
+      key.append({BOOLS, bits});
     } else if (value.isDouble()) {
       key.append({DOUBLE, std::bit_cast<uint64_t>(value.toDouble())});
     } else {

@@ -79,6 +79,11 @@ def define_kernel(schema: str, reference: Callable, fake: Callable, differentiab
     return op
 
 
+def or_empty(like: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The gradients a backward op returns: one of no elements where None, for the outputs of an op are tensors."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
 def no_output(*args: Any) -> None:
     """The fake of an op that writes into its arguments and returns nothing."""
 

@@ -4,42 +4,27 @@
 namespace gk {
 namespace {
 
-struct GeluBackward : Node {
-  SavedVariable x;
+struct GeluBackward : OpNode<1> {  // x
   bool tanh = false;
-  OptionalTensor stats;
 
   std::string name() const override { return "GradkernelsGeluBackward"; }
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    x.reset_data();
-  }
-  variable_list apply(variable_list&& dy) override {
-    using Signature = Tensor(const Tensor&, const Tensor&, bool, const OptionalTensor&);
-    static const auto kernel = find<Signature>("gradkernels::gelu_bwd");
-    static const auto differentiable = find<Signature>("gradkernels::gelu_bwd_differentiable");
-    if (!dy[0].defined()) return {Tensor()};
-    std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor x_saved = x.unpack();
-    return {run_backward([&] { return differentiable.call(dy[0], x_saved, tanh, stats); },
-                         [&] { return kernel.call(dy[0], x_saved, tanh, stats); })};
+  variable_list gradients_of(const variable_list& dy) override {
+    static const Op<Tensor> kernel("gelu_bwd"), differentiable("gelu_bwd_differentiable");
+    const Tensor x = unpack(0);
+    return {run_backward([&] { return differentiable(dy[0], x, tanh, stats); }, [&] { return kernel(dy[0], x, tanh, stats); })};
   }
 };
 
 Tensor gelu(const Tensor& x, bool tanh, const OptionalTensor& stats) {
-  static const auto fwd = find<Tensor(const Tensor&, bool)>("gradkernels::gelu_fwd");
-  static const auto differentiable = find<Tensor(const Tensor&, bool)>("gradkernels::gelu_differentiable");
-  if (forward_mode(x)) return differentiable.call(x, tanh);
+  static const Op<Tensor> forward("gelu_fwd"), differentiable("gelu_differentiable");
+  if (forward_mode(x)) return differentiable(x, tanh);
   const auto node = node_for<GeluBackward>(x);
-  Tensor y = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return fwd.call(x, tanh);
-  }();
+  Tensor y = below_autograd([&] { return forward(x, tanh); });
   if (node) {
-    node->x = save(x);
+    torch::autograd::set_history(y, node);
+    node->keep(x);
     node->tanh = tanh;
     node->stats = stats;
-    torch::autograd::set_history(y, node);
   }
   return y;
 }

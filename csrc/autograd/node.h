@@ -6,7 +6,7 @@
 // Two cases leave the kernels for the differentiable composite in Python: double backward (grad mode on inside backward)
 // and forward-mode differentiation.
 //
-// Here stands what the nodes share.
+// Here stands what the nodes share: `Op` calls an op by its name, `OpNode` keeps what one forward leaves to its backward.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -16,6 +16,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <array>
+
 #include "../common.h"
 
 namespace gk {
@@ -24,6 +26,80 @@ using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+
+// An op of the namespace, found once, that is called with the C++ types of its schema.
+template <typename Result>
+class Op {
+ public:
+  explicit Op(const char* name)
+      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow((std::string("gradkernels::") + name).c_str(), "")) {}
+
+  template <typename... Args>
+  Result operator()(const Args&... args) const {
+    return handle_.typed<Result(Declared<Args>...)>().call(args...);
+  }
+
+ private:
+  template <typename T>
+  using Declared = std::conditional_t<std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>, const T&, T>;
+
+  c10::OperatorHandle handle_;
+};
+
+inline OptionalTensor optional(Tensor t) { return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt; }
+
+// An output of the forward, whose node is the one that keeps it.
+struct Output {
+  const Tensor& tensor;
+};
+
+inline SavedVariable save(const Output& output) { return SavedVariable(output.tensor, /*is_output=*/true); }
+inline SavedVariable save(const Tensor& t) { return SavedVariable(t, /*is_output=*/false); }
+inline SavedVariable save(const OptionalTensor& t) { return save(t.value_or(Tensor())); }
+
+// A node that keeps NUM_SAVED tensors and the statistics tensor. What a subclass says is its name and `gradients`.
+template <size_t NUM_SAVED>
+struct OpNode : Node {
+  std::array<SavedVariable, NUM_SAVED> saved;
+  OptionalTensor stats;
+
+  // Keeps inputs and intermediate results, in this order from saved[0] on.
+  template <typename... Tensors>
+  void keep(const Tensors&... tensors) {
+    static_assert(sizeof...(Tensors) == NUM_SAVED);
+    size_t k = 0;
+    ((saved[k++] = save(tensors)), ...);
+  }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& variable : saved) variable.reset_data();
+  }
+  variable_list apply(variable_list&& gradients_of_outputs) override {
+    bool any = false;
+    for (const Tensor& gradient : gradients_of_outputs) any = any || gradient.defined();
+    if (!any) return variable_list(num_outputs());
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list gradients = gradients_of(gradients_of_outputs);
+    for (size_t k = 0; k < gradients.size(); ++k) {
+      if (!task_should_compute_output(k)) gradients[k].reset();
+    }
+    return gradients;
+  }
+  // The gradients of the inputs, in the order of `node_for`; those that nobody wants are dropped.
+  virtual variable_list gradients_of(const variable_list& gradients_of_outputs) = 0;
+
+ protected:
+  Tensor unpack(size_t k) { return saved[k].unpack(getptr()); }
+  OptionalTensor unpack_optional(size_t k) { return optional(unpack(k)); }
+
+  // Which inputs' gradients this pass is to compute.
+  template <size_t N>
+  OutputMask<N> output_mask() const {
+    OutputMask<N> mask;
+    for (size_t k = 0; k < N; ++k) mask[k] = task_should_compute_output(k);
+    return mask;
+  }
+};
 
 // Nodes are held by std::shared_ptr up to torch 2.12 and by c10::intrusive_ptr from 2.13 on.
 template <typename N>
@@ -50,27 +126,21 @@ bool forward_mode(const Inputs&... inputs) {
   return (torch::autograd::isFwGradDefined(inputs) || ...);
 }
 
+template <typename Body>
+auto below_autograd(const Body& body) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return body();
+}
+
 // What a backward does: the kernel, below autograd; the differentiable composite in a backward that is itself recorded.
 template <typename Composite, typename Kernel>
 auto run_backward(const Composite& composite, const Kernel& kernel) {
-  if (at::GradMode::is_enabled()) return composite();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return kernel();
+  return at::GradMode::is_enabled() ? composite() : below_autograd(kernel);
 }
 
-template <typename Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-inline OptionalTensor optional(Tensor t) { return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt; }
-
-inline SavedVariable save(const Tensor& t) { return SavedVariable(t, /*is_output=*/false); }
-inline SavedVariable save(const OptionalTensor& t) { return save(t.value_or(Tensor())); }
-
-// The gradient of either bias, undefined where not wanted: equal numbers, but a tensor each, as any two gradients.
-inline std::tuple<Tensor, Tensor> of_both_biases(const Tensor& dbias_ih, const Tensor& dbias_hh) {
-  return {dbias_ih, dbias_ih.defined() && dbias_hh.defined() ? dbias_hh.clone() : dbias_hh};
+template <typename... Tensors>
+variable_list as_list(const std::tuple<Tensors...>& gradients) {
+  return std::apply([](const auto&... each) { return variable_list{each...}; }, gradients);
 }
 
 }  // namespace gk

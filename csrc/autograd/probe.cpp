@@ -27,7 +27,9 @@ struct Measure : torch::autograd::FunctionPreHook {
   static void measure(const ProbeHook& hook, const Tensor& gradient) {
     const OptionalTensor stats = hook.stats;
     if (!stats || !gradient.defined()) return;
-    static const auto op = find<void(const Tensor&, Tensor&, int64_t)>("gradkernels::probe_bwd");
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("gradkernels::probe_bwd", "")
+                               .typed<void(const Tensor&, Tensor&, int64_t)>();
     const at::AutoDispatchBelowAutograd guard;  // the gradient is a number
     Tensor table = *stats;
     op.call(gradient, table, 0);

@@ -6,18 +6,12 @@
 namespace gk {
 namespace {
 
-struct ResidualBackward : Node {
-  OptionalTensor stats;
-
+struct ResidualBackward : OpNode<0> {
   std::string name() const override { return "GradkernelsResidualBackward"; }
-  variable_list apply(variable_list&& gradients) override {
-    using Signature = Tensor(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
-    static const auto kernel = find<Signature>("gradkernels::residual_bwd");
-    static const auto differentiable = find<Signature>("gradkernels::residual_bwd_differentiable");
-    if (!gradients[0].defined() && !gradients[1].defined()) return {Tensor()};
+  variable_list gradients_of(const variable_list& gradients) override {
+    static const Op<Tensor> kernel("residual_bwd"), differentiable("residual_bwd_differentiable");
     const auto dskip = optional(gradients[0]), dbranch = optional(gradients[1]);
-    return {run_backward([&] { return differentiable.call(dskip, dbranch, stats); },
-                         [&] { return kernel.call(dskip, dbranch, stats); })};
+    return {run_backward([&] { return differentiable(dskip, dbranch, stats); }, [&] { return kernel(dskip, dbranch, stats); })};
   }
 };
 
@@ -26,10 +20,7 @@ struct ResidualBackward : Node {
 std::tuple<Tensor, Tensor> residual_fork(const Tensor& x, const OptionalTensor& stats) {
   const auto node = node_for<ResidualBackward>(x);
   const auto view = [&] {
-    Tensor alias = [&] {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      return at::alias(x);
-    }();
+    Tensor alias = below_autograd([&] { return at::alias(x); });
     return torch::autograd::as_view(x, alias, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/true, nullptr, nullptr,
                                     torch::autograd::CreationMeta::MULTI_OUTPUT_NODE);
   };

@@ -67,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_an
   return {y, new_residual, mean, rstd};
 }
 
-// dy or dnew_residual may be absent, not both. dresidual is the gradient of new_residual's two terms, in residual's dtype;
-// with `separate_dx`, dx is the same once more in x's dtype, for an x that cannot share it (else a tensor of no elements).
+// dy or dnew_residual may be absent, not both. dx and dresidual, the gradients of new_residual's two terms, are equal but for
+// their dtypes. One in residual's comes in any case, for it is measured; it is dx where dx alone is wanted and has that dtype.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const OptionalTensor& dy_any, const OptionalTensor& dnew_residual_any, const Tensor& new_residual_any, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_dims, at::ScalarType x_dtype,
-    bool separate_dx, bool columns, const OptionalTensor& stats) {
+    OutputMask<4> output_mask, const OptionalTensor& stats) {
   const char* op = "add_layer_norm_bwd";
   check_floating(op, "x_dtype", x_dtype);
   check_norm(op, "new_residual", new_residual_any, weight, bias, num_dims, x_dtype);
@@ -86,13 +86,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   const Tensor dy = dy_any ? dy_any->contiguous() : at::zeros(h.sizes(), h.options().dtype(x_dtype));
   const Tensor dnew_residual = dnew_residual_any ? dnew_residual_any->contiguous() : Tensor();
   const int64_t N = num_columns(h, num_dims), M = N == 0 ? 0 : h.numel() / N, tasks = num_tasks(M, N);
-  Tensor dresidual = at::empty(h.sizes(), h.options()), dweight, dbias;
-  Tensor dx = separate_dx ? at::empty(h.sizes(), dy.options()) : at::empty({0}, dy.options());
+  const bool separate = output_mask[0] && (output_mask[1] || x_dtype != h.scalar_type());
+  Tensor dh = at::empty(h.sizes(), h.options()), dweight, dbias;
+  const Tensor dx = separate ? at::empty(h.sizes(), dy.options()) : no_gradient(h);
   std::vector<Slot> slots(3 * tasks);
   dispatch_pair(h, dy, [&]<typename TX, typename TY>() {
     using A = Acc<TX>;
     const Columns<A> w(weight, N, 1);
-    ColumnSums<TX> sums(weight, bias, M, N, tasks, columns);
+    ColumnSums<TX> sums(weight, bias, M, N, tasks, output_mask[2], output_mask[3]);
     for_each_task(tasks, M, [&](int64_t task, int64_t begin, int64_t end) {
       const NormBackward<TX, TY> p{dy.const_data_ptr<TY>(),
                                    h.const_data_ptr<TX>(),
@@ -100,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
                                    w.data(),
                                    mean.const_data_ptr<A>(),
                                    rstd.const_data_ptr<A>(),
-                                   dresidual.mutable_data_ptr<TX>(),
-                                   separate_dx ? dx.mutable_data_ptr<TY>() : nullptr,
+                                   dh.mutable_data_ptr<TX>(),
+                                   separate ? dx.mutable_data_ptr<TY>() : nullptr,
                                    N};
       const auto loop = GK_CHOOSE((norm_bwd<TX, TY>));
       loop(p, begin, end, sums.of(task, stats ? &slots[3 * task] : nullptr));
@@ -111,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   if (dy_any) record(stats, 0, slots.data(), 3, tasks, dy.numel());
   if (dnew_residual_any) record(stats, 1, slots.data() + 1, 3, tasks, h.numel());
   record(stats, 2, slots.data() + 2, 3, tasks, h.numel());
-  return {dresidual, dx, dweight, dbias};
+  if (output_mask[0] && !separate) return {dh, no_gradient(h), dweight, dbias};
+  return {dx, dh, dweight, dbias};
 }
 
 }  // namespace gk

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_any, const Opt
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Tensor& x_any, const Tensor& mean,
                                                   const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias,
-                                                  int64_t num_dims, bool columns, const OptionalTensor& stats) {
+                                                  int64_t num_dims, OutputMask<3> output_mask, const OptionalTensor& stats) {
   check_norm("layer_norm_bwd", "x", x_any, weight, bias, num_dims, x_any.scalar_type());
   check("layer_norm_bwd", "dy", dy_any, x_any.sizes(), x_any.scalar_type());
   check_row_statistic("layer_norm_bwd", "mean", mean, x_any, num_dims);
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_any, const Te
   GK_DISPATCH(x.scalar_type(), "layer_norm_bwd", [&] {
     using A = Acc<scalar_t>;
     const Columns<A> w(weight, N, 1);
-    ColumnSums<scalar_t> sums(weight, bias, M, N, tasks, columns);
+    ColumnSums<scalar_t> sums(weight, bias, M, N, tasks, output_mask[1], output_mask[2]);
     for_each_task(tasks, M, [&](int64_t task, int64_t begin, int64_t end) {
       const NormBackward<scalar_t, scalar_t> p{
           dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),    nullptr, w.data(), mean.const_data_ptr<A>(),

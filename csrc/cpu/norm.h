@@ -87,9 +87,14 @@ class Columns {
 template <typename TX>
 class ColumnSums {
  public:
-  ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t tasks, bool wanted)
-      : weight_(weight), bias_(bias), N_(N), padded_(padded_columns(N)), tasks_(tasks), wanted_(wanted) {
-    if (!wanted || !(weight || bias)) return;
+  ColumnSums(const OptionalTensor& weight, const OptionalTensor& bias, int64_t M, int64_t N, int64_t tasks, bool of_weight,
+             bool of_bias)
+      : weight_(of_weight ? weight : std::nullopt),
+        bias_(of_bias ? bias : std::nullopt),
+        N_(N),
+        padded_(padded_columns(N)),
+        tasks_(tasks) {
+    if (!weight_ && !bias_) return;
     recent_.resize(2 * tasks * padded_);
     if (M > ROWS_OF_A_SUM) total_.resize(2 * tasks * N);
   }
@@ -111,7 +116,7 @@ class ColumnSums {
 
   Tensor finish_one(const OptionalTensor& parameter, int64_t which, const OptionalTensor& stats, int64_t port,
                     const Tensor& x) {
-    if (!wanted_ || !parameter) return at::empty({0}, x.options());
+    if (!parameter) return no_gradient(x);
     Tensor gradient = at::empty(parameter->sizes(), parameter->options());
     GK_DISPATCH(gradient.scalar_type(), "norm", [&] {
       auto* to = gradient.template mutable_data_ptr<scalar_t>();
@@ -128,9 +133,8 @@ class ColumnSums {
     return gradient;
   }
 
-  const OptionalTensor &weight_, &bias_;
+  const OptionalTensor weight_, bias_;  // those that want a gradient
   int64_t N_, padded_, tasks_;
-  bool wanted_;
   std::vector<A> recent_;  // of each task: dweight, dbias
   std::vector<double> total_;
 };

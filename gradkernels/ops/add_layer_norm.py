@@ -9,13 +9,14 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.autocast import autocast_norm
-from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel, or_empty
 from gradkernels.ops.layer_norm import (
     check_norm_arguments,
-    column_fake,
+    fake_gradient,
     layer_norm_bwd_reference,
     layer_norm_fwd_fake,
     layer_norm_fwd_reference,
+    of_parameters,
 )
 from gradkernels.telemetry import check_stats, with_stats
 
@@ -30,8 +31,8 @@ SCHEMA_FWD = (
 )
 SCHEMA_BWD = (
     "add_layer_norm_bwd(Tensor? dy, Tensor? dnew_residual, Tensor new_residual, Tensor mean, Tensor rstd, Tensor? weight, "
-    "Tensor? bias, int num_dims, ScalarType x_dtype, bool separate_dx, bool columns, Tensor(a!)? stats) "
-    "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)"
+    "Tensor? bias, int num_dims, ScalarType x_dtype, bool[4] output_mask, Tensor(a!)? stats) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -59,26 +60,33 @@ def add_layer_norm_bwd_reference(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
-    separate_dx: bool,
-    columns: bool,
+    output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dresidual, LayerNorm's dx plus dnew_residual, in residual's dtype; dx, the same in x's; dweight and dbias.
+    """dx and dresidual, LayerNorm's dx plus dnew_residual in the dtypes of x and residual; dweight and dbias.
 
-    dx has no elements unless `separate_dx`: where x and residual do not both want a gradient, and share a dtype, one will do.
+    output_mask: which of them are wanted; see `how_dh_is_returned`. Those that are not there have no elements.
     """
     h = new_residual
     if dy is None:
         dy = torch.zeros_like(h, dtype=x_dtype)
     wide = h if h.dtype is torch.float64 else h.float()  # so that the sum is rounded once
-    dh, dweight, dbias = layer_norm_bwd_reference(dy, wide, mean, rstd, weight, bias, num_dims, columns)
-    if not columns or weight is None:
-        dweight = h.new_empty(0)
-    if not columns or bias is None:
-        dbias = h.new_empty(0)
+    dh, dweight, dbias = layer_norm_bwd_reference(dy, wide, mean, rstd, weight, bias, num_dims, output_mask[1:])
+    dweight, dbias = of_parameters((dweight, dbias), (weight, bias), output_mask[2:])
     if dnew_residual is not None:
         dh = dh + dnew_residual
-    dx = dh.to(x_dtype, copy=True) if separate_dx else dh.new_empty(0, dtype=x_dtype)
-    return dh.to(h.dtype), dx, dweight, dbias
+    separate, shared = how_dh_is_returned(output_mask, x_dtype, h.dtype)
+    dx, dresidual = dh.to(x_dtype, copy=True) if separate else None, dh.to(h.dtype)
+    return or_empty(h, *((dresidual, None) if shared else (dx, dresidual)), dweight, dbias)
+
+
+def how_dh_is_returned(output_mask: Sequence[bool], x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[bool, bool]:
+    """(separate, shared): dx and dresidual are two tensors; they are one, returned as dx. If neither, it is dresidual alone.
+
+    They are equal but for their dtypes, `x_dtype` and `dtype`. One of `dtype` comes in any case, for it is measured.
+    """
+    of_x, of_residual = output_mask[:2]
+    separate = of_x and (of_residual or x_dtype is not dtype)
+    return separate, of_x and not separate
 
 
 def add_layer_norm_fwd_fake(
@@ -104,14 +112,15 @@ def add_layer_norm_bwd_fake(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
-    separate_dx: bool,
-    columns: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous dresidual, dx, dweight, dbias."""
+    """Contiguous dx, dresidual, dweight, dbias."""
     h = new_residual
-    dx = h.new_empty(h.shape if separate_dx else 0, dtype=x_dtype)
-    return h.new_empty(h.shape), dx, column_fake(h, weight, columns), column_fake(h, bias, columns)
+    separate, shared = how_dh_is_returned(output_mask, x_dtype, h.dtype)
+    dx, dresidual = h.new_empty(h.shape, dtype=x_dtype) if separate else None, h.new_empty(h.shape)
+    of_columns = (fake_gradient(p, want) for p, want in zip((weight, bias), output_mask[2:], strict=True))
+    return or_empty(h, *((dresidual, None) if shared else (dx, dresidual)), *of_columns)
 
 
 def _differentiable(x: torch.Tensor, residual: torch.Tensor, weight: Any, bias: Any, num_dims: int, eps: float) -> tuple:
@@ -127,21 +136,20 @@ def _bwd_differentiable(
     num_dims: int,
     eps: float,
     x_dtype: torch.dtype,
-    separate_dx: bool,
-    columns: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward as a function of new_residual alone: mean and rstd are computed again and differentiated too."""
     _, mean, rstd = layer_norm_fwd_reference(new_residual, weight, bias, num_dims, eps)
-    last = (x_dtype, separate_dx, columns, stats)
+    last = (x_dtype, output_mask, stats)
     return _bwd_default(dy, dnew_residual, new_residual, mean, rstd, weight, bias, num_dims, *last)
 
 
 def _ports(args: tuple, gradients: tuple) -> tuple:
-    dresidual, _, dweight, dbias = gradients
-    weight, bias, columns = args[5], args[6], args[-1]
-    columns_of = (dweight if columns and weight is not None else None, dbias if columns and bias is not None else None)
-    return args[0], args[1], dresidual, *columns_of
+    dx, dresidual, *of_columns = gradients
+    h, (x_dtype, output_mask) = args[2], args[-2:]
+    _, shared = how_dh_is_returned(output_mask, x_dtype, h.dtype)
+    return args[0], args[1], dx if shared else dresidual, *of_parameters(of_columns, args[5:7], output_mask[2:])
 
 
 _bwd_default = with_stats(add_layer_norm_bwd_reference, _ports)
@@ -154,8 +162,8 @@ add_layer_norm_differentiable = define_composite(
 )
 add_layer_norm_bwd_differentiable = define_composite(
     "add_layer_norm_bwd_differentiable(Tensor? dy, Tensor? dnew_residual, Tensor new_residual, Tensor? weight, Tensor? bias, "
-    "int num_dims, float eps, ScalarType x_dtype, bool separate_dx, bool columns, Tensor(a!)? stats) "
-    "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
+    "int num_dims, float eps, ScalarType x_dtype, bool[4] output_mask, Tensor(a!)? stats) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _bwd_differentiable,
 )
 
@@ -185,16 +193,14 @@ class _AddLayerNorm(Function):
         if dy is None and dnew_residual is None:
             return (None,) * 7
         h, mean, rstd, weight, bias = ctx.saved_tensors
-        of_x, of_residual, _, of_weight, of_bias, _, _ = ctx.needs_input_grad
-        separate_dx = of_x and (of_residual or ctx.x_dtype is not h.dtype)
-        norm, last = (weight, bias, ctx.num_dims), (ctx.x_dtype, separate_dx, of_weight or of_bias, ctx.stats)
+        mask = [ctx.needs_input_grad[k] for k in (0, 1, 3, 4)]
+        norm, last = (weight, bias, ctx.num_dims), (ctx.x_dtype, mask, ctx.stats)
         if torch.is_grad_enabled():
             gradients = add_layer_norm_bwd_differentiable(dy, dnew_residual, h, *norm, ctx.eps, *last)
         else:
             gradients = add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *norm, *last)
-        dresidual, dx, dweight, dbias = gradients
-        found = (dx if separate_dx else dresidual, dresidual, None, dweight, dbias, None, None)
-        return tuple(d if want else None for d, want in zip(found, ctx.needs_input_grad, strict=True))
+        dx, dresidual, dweight, dbias = (d if want else None for d, want in zip(gradients, mask, strict=True))
+        return dx, dresidual, None, dweight, dbias, None, None
 
 
 _add_layer_norm_op = define_autograd(

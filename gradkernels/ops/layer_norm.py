@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.autocast import autocast_norm
-from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel, or_empty
 from gradkernels.nested import on_components
 from gradkernels.telemetry import check_stats, with_stats
 
@@ -20,7 +20,7 @@ SCHEMA_FWD = (
 )
 SCHEMA_BWD = (
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_dims, "
-    "bool columns, Tensor(a!)? stats) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "bool[3] output_mask, Tensor(a!)? stats) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -57,22 +57,23 @@ def layer_norm_bwd_reference(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     num_dims: int,
-    columns: bool,
+    output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx = rstd (g - mean(g) - x_hat mean(g x_hat)), g = dy weight; dweight = sum(dy x_hat), dbias = sum(dy) over the rows.
 
-    dweight and dbias have no elements where `columns` is false or there is no such parameter.
+    output_mask: whether dx, dweight, dbias are wanted; dx, which is measured, comes in any case. The others have no elements
+    where they are not wanted or there is no such parameter.
     """
     dims, rows = normalized_dims(num_dims), tuple(range(x.dim() - num_dims))
     wide_dy, x_hat = upcast(dy), (upcast(x) - mean) * rstd
     g = wide_dy if weight is None else wide_dy * weight
     dx = rstd * (g - g.mean(dims, keepdim=True) - x_hat * (g * x_hat).mean(dims, keepdim=True))
-    dweight, dbias = x.new_empty(0), x.new_empty(0)
-    if columns and weight is not None:
-        dweight = (wide_dy * x_hat).sum(rows).to(weight.dtype) if rows else (wide_dy * x_hat).to(weight.dtype)
-    if columns and bias is not None:
-        dbias = wide_dy.sum(rows).to(bias.dtype) if rows else wide_dy.to(bias.dtype, copy=True)
-    return dx.to(x.dtype).contiguous(), dweight.contiguous(), dbias.contiguous()
+    dweight = dbias = None
+    if output_mask[1] and weight is not None:
+        dweight = ((wide_dy * x_hat).sum(rows) if rows else wide_dy * x_hat).to(weight.dtype).contiguous()
+    if output_mask[2] and bias is not None:
+        dbias = (wide_dy.sum(rows).to(bias.dtype) if rows else wide_dy.to(bias.dtype, copy=True)).contiguous()
+    return or_empty(x, dx.to(x.dtype).contiguous(), dweight, dbias)
 
 
 def layer_norm_fwd_fake(
@@ -92,16 +93,17 @@ def layer_norm_bwd_fake(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     num_dims: int,
-    columns: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contiguous dx, dweight, dbias."""
-    return x.new_empty(x.shape), column_fake(x, weight, columns), column_fake(x, bias, columns)
+    wanted = zip((weight, bias), output_mask[1:], strict=True)
+    return or_empty(x, x.new_empty(x.shape), *(fake_gradient(parameter, want) for parameter, want in wanted))
 
 
-def column_fake(x: torch.Tensor, parameter: torch.Tensor | None, columns: bool) -> torch.Tensor:
-    """The gradient of a weight or bias, or no elements."""
-    return parameter.new_empty(parameter.shape) if columns and parameter is not None else x.new_empty(0)
+def fake_gradient(of: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+    """The contiguous gradient of an argument that is there and wants one."""
+    return of.new_empty(of.shape) if wanted and of is not None else None
 
 
 def _differentiable(
@@ -117,23 +119,23 @@ def _bwd_differentiable(
     bias: torch.Tensor | None,
     num_dims: int,
     eps: float,
-    columns: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward as a function of x alone: mean and rstd are computed again, so that they are differentiated too."""
     _, mean, rstd = layer_norm_fwd_reference(x, weight, bias, num_dims, eps)
-    return _bwd_default(dy, x, mean, rstd, weight, bias, num_dims, columns, stats)
+    return _bwd_default(dy, x, mean, rstd, weight, bias, num_dims, output_mask, stats)
 
 
 def _ports(args: tuple, gradients: tuple) -> tuple:
     dx, dweight, dbias = gradients
-    weight, bias, columns = args[4], args[5], args[7]
-    return (
-        args[0],
-        dx,
-        dweight if columns and weight is not None else None,
-        dbias if columns and bias is not None else None,
-    )
+    return args[0], dx, *of_parameters((dweight, dbias), args[4:6], args[7][1:])
+
+
+def of_parameters(gradients: Sequence[Any], parameters: Sequence[Any], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Those gradients that are of a parameter which is there and wants one, None for the others."""
+    triples = zip(gradients, parameters, wanted, strict=True)
+    return [d if want and parameter is not None else None for d, parameter, want in triples]
 
 
 _bwd_default = with_stats(layer_norm_bwd_reference, _ports)
@@ -145,7 +147,7 @@ layer_norm_differentiable = define_composite(
 )
 layer_norm_bwd_differentiable = define_composite(
     "layer_norm_bwd_differentiable(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, int num_dims, float eps, "
-    "bool columns, Tensor(a!)? stats) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "bool[3] output_mask, Tensor(a!)? stats) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _bwd_differentiable,
 )
 
@@ -169,20 +171,13 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, dmean: Any, drstd: Any) -> tuple:
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        columns = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        mask = [ctx.needs_input_grad[k] for k in (0, 2, 3)]
         if torch.is_grad_enabled():
-            gradients = layer_norm_bwd_differentiable(dy, x, weight, bias, ctx.num_dims, ctx.eps, columns, ctx.stats)
+            gradients = layer_norm_bwd_differentiable(dy, x, weight, bias, ctx.num_dims, ctx.eps, mask, ctx.stats)
         else:
-            gradients = layer_norm_bwd(dy, x, mean, rstd, weight, bias, ctx.num_dims, columns, ctx.stats)
-        dx, dweight, dbias = gradients
-        return (
-            dx,
-            None,
-            dweight if ctx.needs_input_grad[2] else None,
-            dbias if ctx.needs_input_grad[3] else None,
-            None,
-            None,
-        )
+            gradients = layer_norm_bwd(dy, x, mean, rstd, weight, bias, ctx.num_dims, mask, ctx.stats)
+        dx, dweight, dbias = (d if want else None for d, want in zip(gradients, mask, strict=True))
+        return dx, None, dweight, dbias, None, None
 
 
 _layer_norm_op = define_autograd(

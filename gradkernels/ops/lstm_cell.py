@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import Function
 
 from gradkernels.autocast import CELLS_IN_REGION, autocast_off, autocast_region
-from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel
-from gradkernels.ops.layer_norm import upcast
+from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel, or_empty
+from gradkernels.ops.layer_norm import fake_gradient, of_parameters, upcast
 from gradkernels.ops.lstm_layer import check_lstm_weights, step_backward, step_forward
 from gradkernels.telemetry import check_stats, with_stats
 
 PORTS = ("dh_next", "dc_next", "dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias")
 INPUTS = "Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
-GRADIENTS = "Tensor dx, Tensor dh, Tensor dc, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias"
+GRADIENTS = "Tensor dx, Tensor dh, Tensor dc, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh"
 SCHEMA = f"lstm_cell({INPUTS}, Tensor? stats) -> (Tensor h_next, Tensor c_next)"
 SCHEMA_FWD = f"lstm_cell_fwd({INPUTS}) -> (Tensor h_next, Tensor c_next, Tensor gates)"
 SCHEMA_BWD = (
-    f"lstm_cell_bwd(Tensor? dh_next, Tensor? dc_next, {INPUTS}, Tensor gates, bool inputs, bool weights, "
+    f"lstm_cell_bwd(Tensor? dh_next, Tensor? dc_next, {INPUTS}, Tensor gates, bool[7] output_mask, "
     f"Tensor(a!)? stats) -> ({GRADIENTS})"
 )
 
@@ -52,26 +53,24 @@ def lstm_cell_bwd_reference(
     bias_ih: torch.Tensor | None,
     bias_hh: torch.Tensor | None,
     gates: torch.Tensor,
-    inputs: bool,
-    weights: bool,
+    output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
-    """dx, dh, dc, dweight_ih, dweight_hh, dbias (of either bias), in the dtype of what they belong to.
+    """dx, dh, dc, dweight_ih, dweight_hh, dbias_ih, dbias_hh, in the dtype of what they belong to.
 
     With dG the gradient of the preactivations: dx = dG W_ih, dh = dG W_hh, dW = dG^T (x or h), dbias = its sum over the rows;
-    dc = f (dc_next + dh_next o (1 - tanh^2 c_next)). dx has no elements where `inputs` is false, nor have the gradients of
-    weights where `weights` is false or there is no such weight.
+    dc = f (dc_next + dh_next o (1 - tanh^2 c_next)). output_mask: which of them are wanted. The others have no elements, but dh
+    and dc, which are measured, come in any case.
     """
     i, f, g, _ = gates.chunk(4, -1)
     wide_c = upcast(c)
     m = (f * wide_c + i * g).tanh()
     wide_dh = torch.zeros_like(m) if dh_next is None else upcast(dh_next)
     dg, _, wide_dc = step_backward(wide_dh, 0 if dc_next is None else upcast(dc_next), gates, m, wide_c)
-    dx = (dg @ upcast(weight_ih)).to(x.dtype) if inputs else x.new_empty(0)
+    dx = (dg @ upcast(weight_ih)).to(x.dtype) if output_mask[0] else None
     dh, dc = (dg @ upcast(weight_hh)).to(x.dtype), wide_dc.to(x.dtype)
-    if not weights:
-        return dx, dh, dc, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    dbias = dg.sum(0).to(x.dtype) if bias_ih is not None else x.new_empty(0)
-    return dx, dh, dc, (dg.mT @ upcast(x)).to(x.dtype), (dg.mT @ upcast(h)).to(x.dtype), dbias
+    of_weights = ((dg.mT @ upcast(t)).to(x.dtype) if want else None for t, want in zip((x, h), output_mask[3:5], strict=True))
+    of_biases = (dg.sum(0).to(x.dtype) if want and bias_ih is not None else None for want in output_mask[5:7])
+    return or_empty(x, dx, dh, dc, *of_weights, *of_biases)
 
 
 def lstm_cell_fwd_fake(
@@ -99,21 +98,18 @@ def lstm_cell_bwd_fake(
     bias_ih: torch.Tensor | None,
     bias_hh: torch.Tensor | None,
     gates: torch.Tensor,
-    inputs: bool,
-    weights: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Contiguous gradients, of no elements where not wanted."""
-    of_weights = (w.new_empty(w.shape if weights and w is not None else 0) for w in (weight_ih, weight_hh))
-    dbias = x.new_empty(bias_ih.shape if weights and bias_ih is not None else 0)
-    return x.new_empty(x.shape if inputs else 0), x.new_empty(h.shape), x.new_empty(c.shape), *of_weights, dbias
+    inputs, wanted = (x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), (output_mask[0], True, True, *output_mask[3:])
+    return or_empty(x, *(fake_gradient(of, want) for of, want in zip(inputs, wanted, strict=True)))
 
 
 def _ports(args: list, gradients: tuple) -> tuple:
-    dx, dh, dc, dweight_ih, dweight_hh, dbias = gradients
-    inputs, weights = args[-2:]
-    of_weights = (dweight_ih, dweight_hh, dbias if args[7] is not None else None) if weights else (None,) * 3
-    return args[0], args[1], dx if inputs else None, dh, dc, *of_weights
+    dx, dh, dc, *of_weights = gradients
+    *of_weights, dbias_ih, dbias_hh = of_parameters(of_weights, args[5:9], args[-1][3:])
+    return args[0], args[1], dx if args[-1][0] else None, dh, dc, *of_weights, dbias_hh if dbias_ih is None else dbias_ih
 
 
 def _differentiable(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +118,9 @@ def _differentiable(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _bwd_differentiable(dh_next: Any, dc_next: Any, *args: Any) -> tuple[torch.Tensor, ...]:
     """The backward as a function of the cell's inputs alone: the gates are computed again, and differentiated too."""
-    *inputs_of_cell, inputs, weights, stats = args
-    gates = lstm_cell_fwd_reference(*inputs_of_cell)[2]
-    return _bwd_default(dh_next, dc_next, *inputs_of_cell, gates, inputs, weights, stats)
+    *inputs, output_mask, stats = args
+    gates = lstm_cell_fwd_reference(*inputs)[2]
+    return _bwd_default(dh_next, dc_next, *inputs, gates, output_mask, stats)
 
 
 _bwd_default = with_stats(lstm_cell_bwd_reference, _ports)
@@ -134,7 +130,7 @@ lstm_cell_differentiable = define_composite(
     f"lstm_cell_differentiable({INPUTS}) -> (Tensor h_next, Tensor c_next)", _differentiable
 )
 lstm_cell_bwd_differentiable = define_composite(
-    f"lstm_cell_bwd_differentiable(Tensor? dh_next, Tensor? dc_next, {INPUTS}, bool inputs, bool weights, "
+    f"lstm_cell_bwd_differentiable(Tensor? dh_next, Tensor? dc_next, {INPUTS}, bool[7] output_mask, "
     f"Tensor(a!)? stats) -> ({GRADIENTS})",
     _bwd_differentiable,
 )
@@ -162,15 +158,13 @@ class _LSTMCell(Function):
         if dh_next is None and dc_next is None:
             return (None,) * 8
         *tensors, gates = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        last = (wanted[0], any(wanted[3:7]), ctx.stats)
+        mask = list(ctx.needs_input_grad[:7])
+        last = (mask, ctx.stats)
         if torch.is_grad_enabled():
             gradients = lstm_cell_bwd_differentiable(dh_next, dc_next, *tensors, *last)
         else:
             gradients = lstm_cell_bwd(dh_next, dc_next, *tensors, gates, *last)
-        dx, dh, dc, dweight_ih, dweight_hh, dbias = gradients
-        found = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dbias.clone())
-        return *(d if want else None for d, want in zip(found, wanted, strict=False)), None
+        return *(d if want else None for d, want in zip(gradients, mask, strict=True)), None
 
 
 _lstm_cell_op = define_autograd(

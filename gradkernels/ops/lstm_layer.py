@@ -17,9 +17,9 @@ import torch
 from torch.autograd import Function
 
 from gradkernels.autocast import autocast_off
-from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel
+from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel, or_empty
 from gradkernels.ops._steps import check_steps, rows_of, rows_per_step
-from gradkernels.ops.layer_norm import upcast
+from gradkernels.ops.layer_norm import fake_gradient, of_parameters, upcast
 from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference, without_graph
 
 PORTS = ("dy", "dx", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
@@ -27,13 +27,16 @@ INPUTS = (
     "Tensor x, Tensor h0, Tensor c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
     "Tensor? weight_hr, Tensor? batch_sizes"
 )
-GRADIENTS = "Tensor dx, Tensor dh0, Tensor dc0, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias, Tensor dweight_hr"
+GRADIENTS = (
+    "Tensor dx, Tensor dh0, Tensor dc0, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, "
+    "Tensor dweight_hr"
+)
 STATS = "Tensor(a!)? stats, Tensor(b!)? time_stats"
 SCHEMA = f"lstm_layer({INPUTS}, bool reverse, Tensor? stats, Tensor? time_stats) -> (Tensor y, Tensor h_n, Tensor c_n)"
 SCHEMA_FWD = f"lstm_layer_fwd({INPUTS}, bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 SCHEMA_BWD = (
     f"lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {INPUTS}, Tensor y, Tensor gates, Tensor cells, "
-    f"bool reverse, bool inputs, bool weights, {STATS}) -> ({GRADIENTS})"
+    f"bool reverse, bool[8] output_mask, {STATS}) -> ({GRADIENTS})"
 )
 
 
@@ -148,15 +151,14 @@ def lstm_layer_bwd_reference(
     gates: torch.Tensor,
     cells: torch.Tensor,
     reverse: bool,
-    inputs: bool,
-    weights: bool,
+    output_mask: Sequence[bool],
     time_stats: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """dx, dh0, dc0, dweight_ih, dweight_hh, dbias (of either bias), dweight_hr, in the dtype of what they belong to.
+    """dx, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, in the dtype of what they belong to.
 
     With dG_t the gradient of step t's preactivations: dh_t = dy_t + dG_{t+1} W_hh, dc_t = dc_{t+1} f_{t+1} + dh_t o_t
-    (1 - tanh^2 c_t); dx = dG W_ih, dW = dG^T (x or h_{t-1}). dx has no elements where `inputs` is false, nor have the
-    gradients of weights where `weights` is false or there is no such weight.
+    (1 - tanh^2 c_t); dx = dG W_ih, dW = dG^T (x or h_{t-1}). output_mask: which of them are wanted. The others have no
+    elements, but dh0 and dc0 come in any case.
     """
     sizes = rows_per_step(x, h0, batch_sizes)
     rows, rows_y = rows_of(x).double(), rows_of(y).double()
@@ -170,16 +172,16 @@ def lstm_layer_bwd_reference(
     if time_stats is not None:
         measure_steps_reference(dhs, dcs, recurrent, gates.split(sizes), time_stats)
     dg = torch.cat(dgates)
-    dx = (dg @ weight_ih.double()).reshape(x.shape).to(x.dtype) if inputs else x.new_empty(0)
-    dweight_ih, dweight_hh, dbias, dweight_hr = (x.new_empty(0) for _ in range(4))
-    if weights:
-        dweight_ih = (dg.mT @ rows).to(x.dtype)
-        dweight_hh = (dg.mT @ previous_rows(rows_y, h0.double(), sizes, reverse)).to(x.dtype)
-        dbias = dg.sum(0).to(x.dtype) if bias_ih is not None else dbias
-        if weight_hr is not None:
-            m = gates[..., -cells.shape[-1] :].double() * cells.double().tanh()
-            dweight_hr = (torch.cat(dhs).mT @ m).to(x.dtype)
-    return dx, dh0.to(x.dtype), dc0.to(x.dtype), dweight_ih, dweight_hh, dbias, dweight_hr
+    of_x, _, _, of_ih, of_hh, *of_biases, of_hr = output_mask
+    dx = (dg @ weight_ih.double()).reshape(x.shape) if of_x else None
+    dweight_ih = dg.mT @ rows if of_ih else None
+    dweight_hh = dg.mT @ previous_rows(rows_y, h0.double(), sizes, reverse) if of_hh else None
+    dbiases = (dg.sum(0) if want and bias_ih is not None else None for want in of_biases)
+    dweight_hr = None
+    if of_hr and weight_hr is not None:
+        dweight_hr = torch.cat(dhs).mT @ (gates[..., -cells.shape[-1] :].double() * cells.double().tanh())
+    found = (dx, dh0, dc0, dweight_ih, dweight_hh, *dbiases, dweight_hr)
+    return or_empty(x, *(None if d is None else d.to(x.dtype) for d in found))
 
 
 def lstm_layer_fwd_fake(
@@ -217,29 +219,28 @@ def lstm_layer_bwd_fake(
     gates: torch.Tensor,
     cells: torch.Tensor,
     reverse: bool,
-    inputs: bool,
-    weights: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
     time_stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Contiguous gradients, of no elements where not wanted."""
-    of_weights = (
-        w.new_empty(w.shape) if weights and w is not None else x.new_empty(0)
-        for w in (weight_ih, weight_hh, bias_ih, weight_hr)
+    inputs, wanted = (
+        (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr),
+        (output_mask[0], True, True, *output_mask[3:]),
     )
-    return x.new_empty(x.shape if inputs else 0), x.new_empty(h0.shape), x.new_empty(c0.shape), *of_weights
+    return or_empty(x, *(fake_gradient(of, want) for of, want in zip(inputs, wanted, strict=True)))
 
 
 def _bwd_default(*args: Any) -> tuple[torch.Tensor, ...]:
     """The reference with its statistics."""
     *tensors, stats, time_stats = args
-    dy, _, _, _, _, _, weight_ih, weight_hh, bias_ih, _, weight_hr = tensors[:11]
-    inputs, weights = tensors[-2:]
+    output_mask = tensors[-1]
     gradients = lstm_layer_bwd_reference(*tensors, time_stats)
     dx, _, _, *of_weights = gradients
-    there = (dy is not None, inputs, *(weights and w is not None for w in (weight_ih, weight_hh, bias_ih, weight_hr)))
-    for port, (is_there, gradient) in enumerate(zip(there, (dy, dx, *of_weights), strict=True)):
-        if stats is not None and is_there:
+    dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr = of_parameters(of_weights, tensors[6:11], output_mask[3:])
+    ports = (tensors[0], dx if output_mask[0] else None, dweight_ih, dweight_hh, dbias_hh if dbias_ih is None else dbias_ih)
+    for port, gradient in enumerate((*ports, dweight_hr) if stats is not None else ()):
+        if gradient is not None:
             torch.ops.gradkernels.probe_bwd.default(without_graph(gradient), stats, port)
     return gradients
 
@@ -250,9 +251,9 @@ def _differentiable(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def _bwd_differentiable(dy: Any, dh_n: Any, dc_n: Any, *args: Any) -> tuple[torch.Tensor, ...]:
     """The backward as a function of the layer's inputs alone: y, gates and cells are computed again and differentiated too."""
-    *inputs_of_layer, reverse, inputs, weights, stats, time_stats = args
-    y, _, _, gates, cells = lstm_layer_fwd_reference(*inputs_of_layer, reverse)
-    return _bwd_default(dy, dh_n, dc_n, *inputs_of_layer, y, gates, cells, reverse, inputs, weights, stats, time_stats)
+    *inputs, reverse, output_mask, stats, time_stats = args
+    y, _, _, gates, cells = lstm_layer_fwd_reference(*inputs, reverse)
+    return _bwd_default(dy, dh_n, dc_n, *inputs, y, gates, cells, reverse, output_mask, stats, time_stats)
 
 
 lstm_layer_fwd = define_kernel(SCHEMA_FWD, lstm_layer_fwd_reference, lstm_layer_fwd_fake)
@@ -261,7 +262,7 @@ lstm_layer_differentiable = define_composite(
     f"lstm_layer_differentiable({INPUTS}, bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n)", _differentiable
 )
 lstm_layer_bwd_differentiable = define_composite(
-    f"lstm_layer_bwd_differentiable(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {INPUTS}, bool reverse, bool inputs, bool weights, "
+    f"lstm_layer_bwd_differentiable(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {INPUTS}, bool reverse, bool[8] output_mask, "
     f"{STATS}) -> ({GRADIENTS})",
     _bwd_differentiable,
 )
@@ -289,15 +290,13 @@ class _LSTMLayer(Function):
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * 12
         *tensors, y, gates, cells = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        last = (ctx.reverse, wanted[0], any(wanted[3:8]), ctx.stats, ctx.time_stats)
+        mask = list(ctx.needs_input_grad[:8])
+        last = (ctx.reverse, mask, ctx.stats, ctx.time_stats)
         if torch.is_grad_enabled():
             gradients = lstm_layer_bwd_differentiable(dy, dh_n, dc_n, *tensors, *last)
         else:
             gradients = lstm_layer_bwd(dy, dh_n, dc_n, *tensors, y, gates, cells, *last)
-        dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = gradients
-        found = (dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dbias.clone(), dweight_hr)
-        return *(d if want else None for d, want in zip(found, wanted, strict=False)), None, None, None, None
+        return *(d if want else None for d, want in zip(gradients, mask, strict=True)), None, None, None, None
 
 
 _lstm_layer_op = define_autograd(

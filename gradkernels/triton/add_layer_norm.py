@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from gradkernels.library import or_empty
+from gradkernels.ops.add_layer_norm import how_dh_is_returned
 from gradkernels.triton.launch_cache import register
 from gradkernels.triton.norm_launch import norm_bwd, norm_fwd
 
@@ -30,13 +34,14 @@ def add_layer_norm_bwd(
     bias: torch.Tensor | None,
     num_dims: int,
     x_dtype: torch.dtype,
-    separate_dx: bool,
-    columns: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous dresidual, dx, dweight, dbias; the statistics of dy, dnew_residual, dx, dweight, dbias."""
-    last = (weight, bias, num_dims, x_dtype, separate_dx, columns, stats)
-    return norm_bwd(dy, dnew_residual, new_residual, mean, rstd, *last, dx_port=2)
+    """Contiguous dx, dresidual, dweight, dbias; the statistics of dy, dnew_residual, dx, dweight, dbias."""
+    separate, shared = how_dh_is_returned(output_mask, x_dtype, new_residual.dtype)
+    last = (weight, bias, num_dims, x_dtype, separate, output_mask[2:], stats)
+    dh, dx, *of_columns = norm_bwd(dy, dnew_residual, new_residual, mean, rstd, *last, dx_port=2)
+    return or_empty(new_residual, *((dh, None) if shared else (dx, dh)), *of_columns)
 
 
 register("add_layer_norm_fwd", add_layer_norm_fwd)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from gradkernels.library import or_empty
 from gradkernels.triton.launch_cache import register
 from gradkernels.triton.norm_launch import norm_bwd, norm_fwd
 
@@ -24,13 +27,13 @@ def layer_norm_bwd(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     num_dims: int,
-    columns: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contiguous dx, dweight, dbias; the statistics of dy, dx, dweight, dbias."""
-    last = (weight, bias, num_dims, x.dtype, False, columns, stats)
+    last = (weight, bias, num_dims, x.dtype, False, output_mask[1:], stats)
     dx, _, dweight, dbias = norm_bwd(dy, None, x, mean, rstd, *last, dx_port=1)
-    return dx, dweight, dbias
+    return or_empty(x, dx, dweight, dbias)
 
 
 register("layer_norm_fwd", layer_norm_fwd)

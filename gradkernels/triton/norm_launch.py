@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,24 +138,28 @@ def norm_bwd(
     num_dims: int,
     x_dtype: torch.dtype,
     separate_dx: bool,
-    columns: bool,
+    of_columns: Sequence[bool],
     stats: torch.Tensor | None,
     dx_port: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dh, dx (dh in x's dtype; no elements unless `separate_dx`), dweight, dbias. Two launches; one without the last two."""
-    dh, dx = h.new_empty(h.shape), h.new_empty(h.shape if separate_dx else 0, dtype=x_dtype)
-    dweight, dbias = (h.new_empty(0) if p is None or not columns else p.new_empty(p.shape) for p in (weight, bias))
-    has_dweight, has_dbias = columns and weight is not None, columns and bias is not None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dh; dx (dh in x's dtype) if `separate_dx`; dweight and dbias where `of_columns` wants them; None for what is not there.
+
+    Two launches; one without the last two.
+    """
+    dh, dx = h.new_empty(h.shape), h.new_empty(h.shape, dtype=x_dtype) if separate_dx else None
+    dweight, dbias = (
+        p.new_empty(p.shape) if want and p is not None else None for p, want in zip((weight, bias), of_columns, strict=True)
+    )
     N = math.prod(h.shape[h.dim() - num_dims :])
     shape = shape_of(N, mean.dtype, backward=True, residual=dnew_residual is not None)
     programs, partials = num_programs(mean.numel(), shape, h.device, stats), None
-    if has_dweight or has_dbias:
+    if dweight is not None or dbias is not None:
         partials = mean.new_empty(2, programs, max(1, N))
     gradients = [None if t is None else as_rows(t, num_dims) for t in (dy, dnew_residual, h)]
-    flags = {"DX_PORT": dx_port, "DWEIGHT": has_dweight, "DBIAS": has_dbias}
-    _launch_rows(programs, gradients, mean, rstd, weight, dh, dx if separate_dx else None, partials, stats, shape, **flags)
+    flags = {"DX_PORT": dx_port, "DWEIGHT": dweight is not None, "DBIAS": dbias is not None}
+    _launch_rows(programs, gradients, mean, rstd, weight, dh, dx, partials, stats, shape, **flags)
     if partials is not None:
-        _launch_columns(partials, N, dweight if has_dweight else None, dbias if has_dbias else None, stats, dx_port + 1)
+        _launch_columns(partials, N, dweight, dbias, stats, dx_port + 1)
     return dh, dx, dweight, dbias
 
 

@@ -107,7 +107,7 @@ class LayerNorm:
     dy: Drawn
     weight: Drawn | None
     bias: Drawn | None
-    columns: bool = True
+    wanted: tuple[bool, bool] = (True, True)  # dweight, dbias
     eps: float = 1e-5
     threads: int = 1
     op = "layer_norm"
@@ -123,7 +123,7 @@ class LayerNorm:
     def run(self, tensors: dict, stats: torch.Tensor | None) -> dict:
         x, dy, weight, bias = (tensors[name] for name in ("x", "dy", "weight", "bias"))
         y, mean, rstd = OPS.layer_norm_fwd(x, weight, bias, self.num_dims, self.eps)
-        gradients = OPS.layer_norm_bwd(dy, x, mean, rstd, weight, bias, self.num_dims, self.columns, stats)
+        gradients = OPS.layer_norm_bwd(dy, x, mean, rstd, weight, bias, self.num_dims, [True, *self.wanted], stats)
         return dict(zip(("y", "mean", "rstd", "dx", "dweight", "dbias"), (y, mean, rstd, *gradients), strict=True))
 
     def ports(self, tensors: dict, results: dict) -> dict:
@@ -135,8 +135,8 @@ class LayerNorm:
 
 def column_ports(example: Any, results: dict) -> dict:
     """The gradients of the parameters that are there and wanted."""
-    given = {"dweight": example.weight, "dbias": example.bias}
-    return {name: results[name] for name, parameter in given.items() if parameter is not None and example.columns}
+    given = zip(("dweight", "dbias"), (example.weight, example.bias), example.wanted, strict=True)
+    return {name: results[name] for name, parameter, want in given if parameter is not None and want}
 
 
 def compare_norm(example: Any, h: torch.Tensor, dresidual: torch.Tensor | None, tensors: dict, results: dict) -> None:
@@ -177,7 +177,8 @@ class AddLayerNorm:
     dnew_residual: Drawn | None
     weight: Drawn | None
     bias: Drawn | None
-    columns: bool = True
+    wanted_dx: tuple[bool, bool] = (True, True)  # dx, dresidual
+    wanted: tuple[bool, bool] = (True, True)  # dweight, dbias
     eps: float = 1e-5
     threads: int = 1
     op = "add_layer_norm"
@@ -194,10 +195,17 @@ class AddLayerNorm:
     def run(self, tensors: dict, stats: torch.Tensor | None) -> dict:
         x, residual, dy, dnew_residual, weight, bias = tensors.values()
         y, h, mean, rstd = OPS.add_layer_norm_fwd(x, residual, weight, bias, self.num_dims, self.eps)
-        last = (weight, bias, self.num_dims, NAMES[self.dtype], self.dtype != self.residual_dtype, self.columns, stats)
-        gradients = OPS.add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last)
-        names = ("y", "new_residual", "mean", "rstd", "dx", "dx_downcast", "dweight", "dbias")
-        return dict(zip(names, (y, h, mean, rstd, *gradients), strict=True))
+        last = (weight, bias, self.num_dims, NAMES[self.dtype], [*self.wanted_dx, *self.wanted], stats)
+        dx, dresidual, *of_columns = OPS.add_layer_norm_bwd(dy, dnew_residual, h, mean, rstd, *last)
+        if self.shared:
+            dx, dresidual = dresidual, dx
+        names = ("y", "new_residual", "mean", "rstd", "dx_downcast", "dx", "dweight", "dbias")
+        return dict(zip(names, (y, h, mean, rstd, dx, dresidual, *of_columns), strict=True))
+
+    @property
+    def shared(self) -> bool:
+        """Whether one gradient is that of x and of the residual, and comes as that of x."""
+        return self.wanted_dx == (True, False) and self.dtype == self.residual_dtype
 
     def ports(self, tensors: dict, results: dict) -> dict:
         came = {name: tensors[name] for name in ("dy", "dnew_residual") if tensors[name] is not None}
@@ -206,8 +214,10 @@ class AddLayerNorm:
     def compare(self, tensors: dict, results: dict) -> None:
         h = tensors["residual"] + tensors["x"]
         check_equal("new_residual", results["new_residual"], h.to(NAMES[self.residual_dtype]))
-        if self.residual_dtype != self.dtype:
+        if self.wanted_dx[0] and not self.shared:
             check_equal("dx_downcast", results["dx_downcast"], results["dx"].to(NAMES[self.dtype]))
+        else:
+            assert results["dx_downcast"].numel() == 0, "dx: not asked for"
         compare_norm(self, results["new_residual"], tensors["dnew_residual"], tensors, results)
 
 
@@ -244,7 +254,7 @@ def norm_words(draw: st.DrawFn) -> dict:
         "dy": draw(drawn(st.one_of(values(dtype, (-6, 2)), values(dtype)))),
         "weight": draw(parameter),
         "bias": draw(parameter),
-        "columns": draw(st.sampled_from((True, True, False))),
+        "wanted": (draw(st.sampled_from((True, True, False))), draw(st.sampled_from((True, True, False)))),
         "eps": draw(st.sampled_from((1e-5, 1e-5, 1e-12, 1e-3))),
         "threads": draw(THREADS),
     }
@@ -267,4 +277,5 @@ def add_layer_norms(draw: st.DrawFn) -> AddLayerNorm:
     dnew_residual = draw(drawn(values(wide)))
     only = draw(st.sampled_from(("both", "both", "both", "dy", "dnew_residual")))
     words["dy"] = None if only == "dnew_residual" else words["dy"]
-    return AddLayerNorm(**words, residual_dtype=wide, residual=residual, dnew_residual=None if only == "dy" else dnew_residual)
+    last = {"residual_dtype": wide, "residual": residual, "dnew_residual": None if only == "dy" else dnew_residual}
+    return AddLayerNorm(**words, **last, wanted_dx=draw(st.tuples(st.booleans(), st.booleans())))

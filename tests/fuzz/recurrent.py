@@ -24,6 +24,14 @@ def wide(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None else t.resolve_neg().double()
 
 
+def of_both(dweight_ih: torch.Tensor, dweight_hh: torch.Tensor, dbias_ih: torch.Tensor, dbias_hh: torch.Tensor) -> dict:
+    """The gradients of the weights by name: equal ones of the biases under one."""
+    dbias = dbias_ih if dbias_ih.numel() else dbias_hh
+    if dbias_ih.numel() and dbias_hh.numel():
+        check_equal("dbias_hh", dbias_hh, dbias_ih)
+    return {"dweight_ih": dweight_ih, "dweight_hh": dweight_hh, "dbias": dbias}
+
+
 @dataclass(frozen=True)
 class LSTMLayer:
     """All results of one layer. B, T: sequences and steps; lengths: packed, B = how many. P: None without a projection."""
@@ -43,7 +51,7 @@ class LSTMLayer:
     dh_n: Drawn | None
     dc_n: Drawn | None
     reverse: bool = False
-    wanted: tuple[bool, bool] = (True, True)
+    wanted: tuple[bool, ...] = (True,) * 8  # of x, either state, and WEIGHTS
     threads: int = 1
     op = "lstm_layer"
 
@@ -72,9 +80,10 @@ class LSTMLayer:
         arguments, dys = self.arguments(tensors), [tensors[name] for name in ("dy", "dh_n", "dc_n")]
         y, h_n, c_n, gates, cells = OPS.lstm_layer_fwd(*arguments, self.reverse)
         time_stats = None if stats is None else gk.new_time_stats(self.num_steps(tensors))
-        gradients = OPS.lstm_layer_bwd(*dys, *arguments, y, gates, cells, self.reverse, *self.wanted, stats, time_stats)
-        names = ("dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
-        results = dict(zip(names, gradients, strict=True)) | {"y": y, "h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
+        gradients = OPS.lstm_layer_bwd(*dys, *arguments, y, gates, cells, self.reverse, self.wanted, stats, time_stats)
+        dx, dh0, dc0, *of_weights, dweight_hr = gradients
+        results = {"dx": dx, "dh0": dh0, "dc0": dc0, **of_both(*of_weights), "dweight_hr": dweight_hr}
+        results |= {"y": y, "h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
         return results if stats is None else {"time_stats": time_stats, **results}
 
     def num_steps(self, tensors: dict) -> int:
@@ -82,9 +91,9 @@ class LSTMLayer:
         return self.T if self.lengths is None else len(tensors["batch_sizes"])
 
     def ports(self, tensors: dict, results: dict) -> dict:
-        inputs, weights = self.wanted
-        there = {"dx": inputs, "dweight_ih": weights, "dweight_hh": weights}
-        there |= {"dbias": weights and self.bias, "dweight_hr": weights and self.P is not None}
+        of_x, _, _, of_ih, of_hh, of_bias_ih, of_bias_hh, of_hr = self.wanted
+        there = {"dx": of_x, "dweight_ih": of_ih, "dweight_hh": of_hh}
+        there |= {"dbias": (of_bias_ih or of_bias_hh) and self.bias, "dweight_hr": of_hr and self.P is not None}
         found = {name: results[name] for name, is_there in there.items() if is_there}
         return found if tensors["dy"] is None else {"dy": tensors["dy"], **found}
 
@@ -179,7 +188,7 @@ class LSTMCell:
     bias: bool
     dh_next: Drawn | None
     dc_next: Drawn | None
-    wanted: tuple[bool, bool] = (True, True)
+    wanted: tuple[bool, ...] = (True,) * 8  # of x, either state, and WEIGHTS
     threads: int = 1
     op = "lstm_cell"
 
@@ -196,20 +205,14 @@ class LSTMCell:
     def run(self, tensors: dict, stats: torch.Tensor | None) -> dict:
         *arguments, dh_next, dc_next = tensors.values()
         h_next, c_next, gates = OPS.lstm_cell_fwd(*arguments)
-        gradients = OPS.lstm_cell_bwd(dh_next, dc_next, *arguments, gates, *self.wanted, stats)
-        names = ("h_next", "c_next", "gates", "dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias")
-        return dict(zip(names, (h_next, c_next, gates, *gradients), strict=True))
+        dx, dh, dc, *of_weights = OPS.lstm_cell_bwd(dh_next, dc_next, *arguments, gates, self.wanted[:7], stats)
+        results = {"h_next": h_next, "c_next": c_next, "gates": gates, "dx": dx, "dh": dh, "dc": dc}
+        return {**results, **of_both(*of_weights)}
 
     def ports(self, tensors: dict, results: dict) -> dict:
-        inputs, weights = self.wanted
-        there = {
-            "dx": inputs,
-            "dh": True,
-            "dc": True,
-            "dweight_ih": weights,
-            "dweight_hh": weights,
-            "dbias": weights and self.bias,
-        }
+        of_x, _, _, of_ih, of_hh, of_bias_ih, of_bias_hh, _ = self.wanted
+        there = {"dx": of_x, "dh": True, "dc": True, "dweight_ih": of_ih, "dweight_hh": of_hh}
+        there |= {"dbias": (of_bias_ih or of_bias_hh) and self.bias}
         came = {name: tensors[name] for name in ("dh_next", "dc_next") if tensors[name] is not None}
         return {**came, **{name: results[name] for name, is_there in there.items() if is_there}}
 
@@ -250,7 +253,7 @@ def lstm_words(draw: st.DrawFn) -> dict:
         "state": draw(drawn(values(dtype, (-3, 1), MODERATE))),
         "weights": draw(drawn(values(dtype, (-2, -1), FINITE, (0.0,)))),
         "bias": draw(st.booleans()),
-        "wanted": draw(st.sampled_from(((True, True), (True, True), (False, True), (True, False), (False, False)))),
+        "wanted": draw(st.one_of(st.just((True,) * 8), st.tuples(*(st.booleans(),) * 8))),
         "threads": draw(THREADS),
     }
 

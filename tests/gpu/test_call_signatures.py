@@ -40,17 +40,17 @@ def test_other_signatures_have_other_launches():
     """A kind differs in every value, size, stride, dtype, alignment, absence, and in what shares storage."""
     flat = randn(4 * 8 * 64)
     x, mean = flat[: 8 * 64].view(8, 64), randn(8, 1)
-    rest = (mean, randn(8, 1), randn(64), randn(64), 1, True)
+    rest = (mean, randn(8, 1), randn(64), randn(64), 1, [True] * 3)
     kinds = [
         (x, randn(8, 64), *rest, table(4)),
         (x, randn(8, 64), *rest, None),
         (x, randn(8, 64), *rest, torch.zeros(4, 7, 8, dtype=torch.float64)),
         (x, randn(8, 64), *rest[:3], None, *rest[4:], table(4)),
-        (x, randn(8, 64), *rest[:5], False, table(4)),
+        (x, randn(8, 64), *rest[:5], [True, False, False], table(4)),
         (flat[1 : 1 + 8 * 64].view(8, 64), randn(8, 64), *rest, table(4)),
         (flat[4 : 4 + 8 * 64].view(8, 64), flat[1024 : 1024 + 8 * 64].view(8, 64), *rest, table(4)),
         (flat.view(8, 256)[:, :64], randn(8, 64), *rest, table(4)),
-        (x.double(), randn(8, 64).double(), mean.double(), mean.double(), randn(64).double(), None, 1, True, table(4)),
+        (x.double(), randn(8, 64).double(), mean.double(), mean.double(), randn(64).double(), None, 1, [True] * 3, table(4)),
         (randn(4, 2, 64), randn(4, 2, 64), randn(4, 2, 1), randn(4, 2, 1), *rest[2:], table(4)),
         (randn(2, 4, 64), randn(2, 4, 64), randn(2, 4, 1), randn(2, 4, 1), *rest[2:], table(4)),
     ]

@@ -33,7 +33,7 @@ def pointwise_calls(shape, dtype, on):
 
 
 def norm_calls(
-    shape, dtype, on, num_dims=1, weight=True, bias=True, columns=True, separate_dx=True, narrow=False, dy=True, dh=True
+    shape, dtype, on, num_dims=1, weight=True, bias=True, columns=True, dresidual=True, narrow=False, dy=True, dh=True
 ):
     """{op: its arguments} of the norms; narrow: a float32 residual beside x."""
     make = lambda *sizes: randn(*sizes, dtype=dtype)  # noqa: E731
@@ -53,13 +53,20 @@ def norm_calls(
             mean(),
             *parameters(),
             dtype,
-            separate_dx,
-            columns,
+            [True, dresidual, columns, columns],
             table(5, on),
         ),
     }
     if dy:
-        calls["layer_norm_bwd"] = (make(*shape), make(*shape), mean(), mean(), *parameters(), columns, table(4, on))
+        calls["layer_norm_bwd"] = (
+            make(*shape),
+            make(*shape),
+            mean(),
+            mean(),
+            *parameters(),
+            [True, columns, columns],
+            table(4, on),
+        )
     return calls
 
 
@@ -89,9 +96,7 @@ def test_norms(dtype, shape, on):
     assert len(seen["layer_norm_fwd"]) == len(seen["add_layer_norm_fwd"]) == (shape[0] > 0)
 
 
-@pytest.mark.parametrize(
-    "options", [{name: False} for name in ("weight", "bias", "columns", "separate_dx", "dy", "dh")], ids=str
-)
+@pytest.mark.parametrize("options", [{name: False} for name in ("weight", "bias", "columns", "dresidual", "dy", "dh")], ids=str)
 def test_absent_arguments(options):
     check(partial(norm_calls, (9, 40), BF16, True, **options))
     x = lambda: randn(6, 7)  # noqa: E731

@@ -123,7 +123,7 @@ def test_compiled_graphs_hold_the_kernels(fresh_compiler):
 
     def backwards(x, mean, weight, gelu_stats, norm_stats):
         dx = OP.gelu_bwd(x, x, False, gelu_stats)
-        return OP.layer_norm_bwd(dx, x, mean, mean, weight, weight, 1, True, norm_stats)
+        return OP.layer_norm_bwd(dx, x, mean, mean, weight, weight, 1, [True] * 3, norm_stats)
 
     table = lambda ports: ((ports, NUM_SLOTS, 8), torch.float64)  # noqa: E731
     shapes = [((64, 256), torch.bfloat16), ((64, 1), torch.float32), ((256,), torch.bfloat16), table(2), table(4)]
@@ -138,7 +138,7 @@ def test_compiled_graphs_hold_one_call_of_a_recurrent_layer(fresh_compiler):
 
     def both_ways(x, state, weight):
         y, _, _, gates, cells = OP.lstm_layer_fwd(x, state, state, weight, weight, None, None, None, None, False)
-        saved = (y, gates, cells, False, True, True, None, None)
+        saved = (y, gates, cells, False, [True] * 8, None, None)
         dx = OP.lstm_layer_bwd(y, None, None, x, state, state, weight, weight, None, None, None, None, *saved)[0]
         return dx, OP.lstm_cell_fwd(state, state, state, weight, weight, None, None)
 

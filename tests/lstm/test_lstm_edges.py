@@ -211,7 +211,7 @@ def test_layouts_of_batch_sizes(layout, reverse):
         gradients = torch.autograd.grad(y, [t for t in inputs if t is not None], dy)
         with torch.no_grad():
             outputs = OP.lstm_layer_fwd(*inputs, batch_sizes, reverse)
-            last = (*outputs[3:], reverse, True, True, None, None)
+            last = (*outputs[3:], reverse, [True] * 8, None, None)
             raw = OP.lstm_layer_bwd(dy, None, None, *inputs, batch_sizes, outputs[0], *last)
         found.append((y.detach(), h_n.detach(), c_n.detach(), *gradients, *outputs, *raw))
     same(*found)

@@ -41,7 +41,7 @@ def test_time_stats(layout):
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         table = gk.new_time_stats(3)
-        OP.lstm_layer_bwd(dy, None, None, *inputs, batch_sizes, y, gates, cells, False, True, True, None, table)
+        OP.lstm_layer_bwd(dy, None, None, *inputs, batch_sizes, y, gates, cells, False, [True] * 8, None, table)
         tables.append(table)
     assert (tables[0][1:] > 0).sum() > 3 * 8
     for table in tables[1:]:
@@ -61,7 +61,7 @@ def test_threads_wait_for_each_other(layout):
     def recurrence(num_threads):
         torch.set_num_threads(num_threads)
         y, h_n, c_n, gates, cells = OP.lstm_layer_fwd(*inputs, None, False)
-        gradients = OP.lstm_layer_bwd(dy, None, None, *inputs, None, y, gates, cells, False, False, False, None, None)
+        gradients = OP.lstm_layer_bwd(dy, None, None, *inputs, None, y, gates, cells, False, [False] * 8, None, None)
         return y, h_n, c_n, gates, cells, *gradients[1:3]
 
     with torch.no_grad():

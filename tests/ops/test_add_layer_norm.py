@@ -62,7 +62,9 @@ def test_reference(parameters):
     y, h, mean, rstd = add_layer_norm_fwd_reference(x, residual, weight, bias, 2, 1e-5)
     compare("y", y.detach(), exact[0].detach(), exact[0].detach(), terms=10.0)
     compare("new_residual", h.detach(), exact[1].detach(), exact[1].detach())
-    dx, _, *columns = add_layer_norm_bwd_reference(*dys, h, mean, rstd, weight, bias, 2, torch.float64, False, True)
+    dx, _, *columns = add_layer_norm_bwd_reference(
+        *dys, h, mean, rstd, weight, bias, 2, torch.float64, [True, False, True, True]
+    )
     found = [d for d in (dx, *columns) if d.numel()]
     for ours_d, exact_d in zip(found, torch.autograd.grad(exact, leaves, dys), strict=True):
         compare("d", ours_d.detach(), exact_d, exact_d, terms=10.0)
@@ -194,14 +196,15 @@ def test_op(dtypes, stats):
     stats = gk.new_stats(5) if stats else None
     torch.library.opcheck(OP.add_layer_norm_fwd.default, (x, residual, weight, bias, 1, 1e-5))
     _, h, mean, rstd = OP.add_layer_norm_fwd(x, residual, weight, bias, 1, 1e-5)
-    for dys, flags in (
-        ((dy, None), (True, True)),
-        ((None, dnew_residual), (False, True)),
-        ((dy, dnew_residual), (True, False)),
+    for dys, mask in (
+        ((dy, None), [True, True, True, True]),
+        ((None, dnew_residual), [True, False, False, True]),
+        ((dy, dnew_residual), [False, True, True, False]),
+        ((dy, dnew_residual), [False, False, True, True]),
     ):
-        arguments = (*dys, h, mean, rstd, weight, None, 1, dtypes[0], *flags, stats)
+        arguments = (*dys, h, mean, rstd, weight, None, 1, dtypes[0], mask, stats)
         torch.library.opcheck(OP.add_layer_norm_bwd.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (dy, dnew_residual, h, mean, rstd, weight, bias, 1, dtypes[0], True, True, stats)
+    arguments = (dy, dnew_residual, h, mean, rstd, weight, bias, 1, dtypes[0], [True] * 4, stats)
     torch.library.opcheck(OP.add_layer_norm_bwd.default, arguments)
 
 

@@ -80,7 +80,7 @@ def test_reference(parameters):
     exact = F.layer_norm(x, (2, 5), weight, bias)
     y, mean, rstd = layer_norm_fwd_reference(x, weight, bias, 2, 1e-5)
     compare("y", y.detach(), exact.detach(), exact.detach(), terms=10.0)
-    found = [d for d in layer_norm_bwd_reference(dy, x, mean, rstd, weight, bias, 2, True) if d.numel()]
+    found = [d for d in layer_norm_bwd_reference(dy, x, mean, rstd, weight, bias, 2, [True] * 3) if d.numel()]
     for ours_d, exact_d in zip(found, torch.autograd.grad(exact, leaves, dy), strict=True):
         compare("d", ours_d.detach(), exact_d, exact_d, terms=10.0)
 
@@ -237,10 +237,12 @@ def test_op(dtype, stats):
     stats = gk.new_stats(4) if stats else None
     torch.library.opcheck(OP.layer_norm_fwd.default, (x, weight, bias, 1, 1e-5))
     _, mean, rstd = OP.layer_norm_fwd(x, weight, bias, 1, 1e-5)
-    for columns in (True, False):
-        arguments = (randn(3, 5, dtype=dtype), x, mean, rstd, weight, None, 1, columns, stats)
+    for mask in ([True] * 3, [True, False, True], [False, True, False]):
+        arguments = (randn(3, 5, dtype=dtype), x, mean, rstd, weight, None, 1, mask, stats)
         torch.library.opcheck(OP.layer_norm_bwd.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(OP.layer_norm_bwd.default, (randn(3, 5, dtype=dtype), x, mean, rstd, weight, bias, 1, True, stats))
+    torch.library.opcheck(
+        OP.layer_norm_bwd.default, (randn(3, 5, dtype=dtype), x, mean, rstd, weight, bias, 1, [True] * 3, stats)
+    )
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(OP.layer_norm.default, (inputs[0], 1, inputs[1], inputs[2], 1e-5, stats))
 

@@ -28,29 +28,28 @@ def arguments(op, dtype=torch.float32):
     layer = dict(zip(names, layer_inputs(T, B, D, H, P, dtype=dtype)[0], strict=True))
     (x_cell, h, c, *weights, _), _ = layer_inputs(1, B, D, H, dtype=dtype)
     cell = dict(zip(("x", "h", "c", *names[3:7]), (x_cell[0], h, c, *weights), strict=True))
-    flags = {"inputs": True, "weights": True}
     return {
         "gelu_fwd": {"x": x, "tanh": False},
         "gelu_bwd": {"dy": x, "x": x, "tanh": False, "stats": new_stats(2)},
         "residual_bwd": {"dskip": x, "dbranch": x, "stats": new_stats(3)},
         "probe_bwd": {"dy": x, "stats": new_stats(4), "port": 3},
         "layer_norm_fwd": {"x": x, **norm, "eps": 1e-5},
-        "layer_norm_bwd": {"dy": x, "x": x, **saved, **norm, "columns": True, "stats": new_stats(4)},
+        "layer_norm_bwd": {"dy": x, "x": x, **saved, **norm, "output_mask": [True] * 3, "stats": new_stats(4)},
         "add_layer_norm_fwd": {"x": x, "residual": x, **norm, "eps": 1e-5},
         "add_layer_norm_bwd": {
             **{"dy": x, "dnew_residual": x, "new_residual": x, **saved, **norm},
-            **{"x_dtype": dtype, "separate_dx": True, "columns": True, "stats": new_stats(5)},
+            **{"x_dtype": dtype, "output_mask": [True] * 4, "stats": new_stats(5)},
         },
         "lstm_cell_fwd": cell,
         "lstm_cell_bwd": {
             **{"dh_next": randn(B, H, dtype=dtype), "dc_next": randn(B, H, dtype=dtype), **cell},
-            **{"gates": randn(B, 4 * H), **flags, "stats": new_stats(8)},
+            **{"gates": randn(B, 4 * H), "output_mask": [True] * 7, "stats": new_stats(8)},
         },
         "lstm_layer_fwd": {**layer, "batch_sizes": None, "reverse": False},
         "lstm_layer_bwd": {
             **{"dy": randn(T, B, P, dtype=dtype), "dh_n": randn(B, P, dtype=dtype), "dc_n": randn(B, H, dtype=dtype)},
             **{**layer, "batch_sizes": None, "y": randn(T, B, P, dtype=dtype)},
-            **{"gates": randn(T * B, 4 * H), "cells": randn(T * B, H), "reverse": False, **flags},
+            **{"gates": randn(T * B, 4 * H), "cells": randn(T * B, H), "reverse": False, "output_mask": [True] * 8},
             **{"stats": new_stats(6), "time_stats": new_time_stats(T)},
         },
     }[op]

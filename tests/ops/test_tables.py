@@ -120,7 +120,7 @@ def rows_of(table):
 def layer_backward(T, time_stats, reference=False):
     """A function that runs lstm_layer's backward over T steps, of 2 rows and 3 units each."""
     x, state, weights = torch.randn(T, 2, 1), torch.zeros(2, 3), (torch.randn(12, 1), torch.randn(12, 3))
-    inputs, last = (x, state, state, *weights, None, None, None, None), (False, False, False)
+    inputs, last = (x, state, state, *weights, None, None, None, None), (False, [False] * 8)
     y, _, _, gates, cells = lstm_layer_fwd_reference(*inputs, False)
     args = (torch.randn_like(y), None, None, *inputs, y, gates, cells, *last)
     if reference:

@@ -73,7 +73,7 @@ def test_norm_of_short_rows(N, dtype):
     M, stats = 100_000 // N, gk.new_stats(4)
     x, dy = torch.randn(M, N).to(dtype), torch.full((M, N), 1.1).to(dtype)
     _, mean, rstd = OPS.layer_norm_fwd(x, None, None, 1, 1e-5)
-    OPS.layer_norm_bwd(dy, x, mean, rstd, None, None, 1, False, stats)
+    OPS.layer_norm_bwd(dy, x, mean, rstd, None, None, 1, [True] * 3, stats)
     row = merge_slots(stats)[0]
     assert row[2].item() == pytest.approx(dy.double().square().sum().item(), rel=1e-5)
 
@@ -93,7 +93,7 @@ def test_many_rows():
     x, dy = torch.randn(1_000_000, 2), torch.full((1_000_000, 2), 1.1)
     weight = torch.ones(2)
     _, mean, rstd = OPS.layer_norm_fwd(x, weight, weight, 1, 1e-5)
-    dbias = OPS.layer_norm_bwd(dy, x, mean, rstd, weight, weight, 1, True, None)[2]
+    dbias = OPS.layer_norm_bwd(dy, x, mean, rstd, weight, weight, 1, [True] * 3, None)[2]
     folded = 1024  # rows at most between two folds into float64, each of them rounded the same way
     assert_close(dbias.double(), dy.double().sum(0), rtol=folded * 2.0**-24, atol=0)
 

@@ -102,8 +102,7 @@ struct StepMeasure {
   // `count` units from `gates` on, the activated i; f, g and o follow H units apart.
   GK_INLINE void add_gates(const A* gates, int64_t H, int64_t count) {
     for (int64_t j = 0; j < count; j += WIDTH<A>) {
-      const Vec<A> i = load_first(gates + j, count - j), f = load_first(gates + H + j, count - j),
-                   g = load_first(gates + 2 * H + j, count - j), o = load_first(gates + 3 * H + j, count - j);
+      const auto [i, f, g, o] = load_gates(gates + j, H, count - j);
       counts[0] += (Integer)(i < A(LOW_GATE));
       counts[1] += (Integer)(i > A(HIGH_GATE));
       counts[2] += (Integer)(f < A(LOW_GATE));
@@ -176,24 +175,22 @@ static A gates_backward(const LstmBackward<A>& p, const Scale<A>& scale, int64_t
     A* dgates = p.dgates + (first + b) * stride;
     for (int64_t j = units.begin; j < units.end; j += WIDTH<A>) {
       const int64_t count = H - j;
-      const Vec<A> i = load_first(gates + j, count), f = load_first(gates + H + j, count),
-                   g = load_first(gates + 2 * H + j, count), o = load_first(gates + 3 * H + j, count);
+      const Gates<A> active = load_gates(gates + j, H, count);
       const Vec<A> m = hyperbolic_tangent<A>(load_first(cells + j, count));
       const Vec<A> dh = p.weight_hr ? load_first(p.dm + b * H + j, count) : total_dh(p, scale, t, b, active_rows, j);
-      const Vec<A> dc = load_first(p.dc + b * H + j, count) * carried + dh * o * (A(1) - m * m);
-      max_abs = higher_magnitude<A>(dc, higher_magnitude<A>(dh, max_abs));
+      const Vec<A> dc_after = load_first(p.dc + b * H + j, count) * carried;
+      const StepGradients<A> d = step_backward(dh, dc_after, active, m, load_first(previous + j, count));
+      max_abs = higher_magnitude<A>(d.dc_next, higher_magnitude<A>(dh, max_abs));
       if (TELEMETRY) {
         store_first(row + j, dh, count);
-        store_first(row + H + j, dc, count);
+        store_first(row + H + j, d.dc_next, count);
       }
-      const Vec<A> dg[4] = {dc * g * (i * (A(1) - i)), dc * load_first(previous + j, count) * (f * (A(1) - f)),
-                            dc * i * (A(1) - g * g), dh * m * (o * (A(1) - o))};
-      for (int gate = 0; gate < 4; ++gate) store_first(dgates + gate * H + j, dg[gate] * scale.unscale, count);
-      if (scale.exponent != 0) {
-        for (int gate = 0; gate < 4; ++gate) store_first(scaled + b * stride + gate * H + j, dg[gate], count);
-      }
-      store_first(p.dc + b * H + j, dc * f, count);
-      if (p.m) store_first(p.m + (first + b) * H + j, o * m, count);
+      const auto& [di, df, dg, d_o] = d.dgates;
+      const A unscale = scale.unscale;
+      store_gates(dgates + j, {di * unscale, df * unscale, dg * unscale, d_o * unscale}, H, count);
+      if (scale.exponent != 0) store_gates(scaled + b * stride + j, d.dgates, H, count);
+      store_first(p.dc + b * H + j, d.dc, count);
+      if (p.m) store_first(p.m + (first + b) * H + j, active.o * m, count);
     }
     if (TELEMETRY) {
       if (!p.weight_hr) measure_dh(p, row + units.begin, b, active_rows, units, measure);

@@ -46,12 +46,12 @@ static void cell_forward(const CellForward<A>& p, int64_t begin, int64_t end) {
       for (int gate = 0; gate < 4; ++gate) {
         v[gate] = load_first(gates + gate * H + j, count);
         if (p.bias_ih) v[gate] += load_first(p.bias_ih + gate * H + j, count) + load_first(p.bias_hh + gate * H + j, count);
-        v[gate] = gate == 2 ? hyperbolic_tangent<A>(v[gate]) : sigmoid<A>(v[gate]);
-        store_first(gates + gate * H + j, v[gate], count);
       }
-      const Vec<A> c = v[1] * load_first(p.c + b * H + j, count) + v[0] * v[2];
+      const Gates<A> active = activate<A>(v);
+      store_gates(gates + j, active, H, count);
+      const Vec<A> c = active.f * load_first(p.c + b * H + j, count) + active.i * active.g;
       store_first(p.c_next + b * H + j, c, count);
-      store_first(p.h_next + b * H + j, v[3] * hyperbolic_tangent<A>(c), count);
+      store_first(p.h_next + b * H + j, active.o * hyperbolic_tangent<A>(c), count);
     }
   }
 }
@@ -64,16 +64,13 @@ static void cell_backward(const CellBackward<A>& p, int64_t begin, int64_t end) 
     A* dgates = p.dgates + b * 4 * H;
     for (int64_t j = 0; j < H; j += WIDTH<A>) {
       const int64_t count = H - j, at = b * H + j;
-      const Vec<A> i = load_first(gates + j, count), f = load_first(gates + H + j, count),
-                   g = load_first(gates + 2 * H + j, count), o = load_first(gates + 3 * H + j, count);
-      const Vec<A> c = load_first(p.c + at, count), m = hyperbolic_tangent<A>(f * c + i * g);
+      const Gates<A> active = load_gates(gates + j, H, count);
+      const Vec<A> c = load_first(p.c + at, count), m = hyperbolic_tangent<A>(active.f * c + active.i * active.g);
       const Vec<A> dh = p.dh_next ? load_first(p.dh_next + at, count) : Vec<A>{};
-      const Vec<A> dc = dh * o * (A(1) - m * m) + (p.dc_next ? load_first(p.dc_next + at, count) : Vec<A>{});
-      store_first(dgates + j, dc * g * (i * (A(1) - i)), count);
-      store_first(dgates + H + j, dc * c * (f * (A(1) - f)), count);
-      store_first(dgates + 2 * H + j, dc * i * (A(1) - g * g), count);
-      store_first(dgates + 3 * H + j, dh * m * (o * (A(1) - o)), count);
-      store_first(p.dc + at, dc * f, count);
+      const Vec<A> dc_after = p.dc_next ? load_first(p.dc_next + at, count) : Vec<A>{};
+      const StepGradients<A> d = step_backward(dh, dc_after, active, m, c);
+      store_gates(dgates + j, d.dgates, H, count);
+      store_first(p.dc + at, d.dc, count);
     }
   }
 }
@@ -105,11 +102,11 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(const Tensor& x, const Tensor& 
   return {h_next.to(x.scalar_type()), c_next.to(x.scalar_type()), gates};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_next, const Tensor& x, const Tensor& h,
                         const Tensor& c_any, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                        const OptionalTensor& bias_hh, const Tensor& gates, bool inputs, bool weights,
+                        const OptionalTensor& bias_hh, const Tensor& gates, OutputMask<7> output_mask,
                         const OptionalTensor& stats) {
   const auto sizes = check_lstm_cell("lstm_cell_bwd", x, h, c_any, weight_ih, weight_hh, bias_ih, bias_hh);
   check_lstm_cell_gradients("lstm_cell_bwd", sizes, dh_next, dc_next, gates, stats, x.scalar_type());
@@ -129,21 +126,19 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
     const auto loop = GK_CHOOSE((cell_backward<scalar_t>));
     for_each_task(num_tasks(B, 4 * H), B, [&](int64_t, int64_t begin, int64_t end) { loop(p, begin, end); });
   });
-  const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
-  const Tensor dx = inputs ? at::mm(dg, upcast(weight_ih)).to(dtype) : none();
-  const Tensor dh = at::mm(dg, upcast(weight_hh)).to(dtype), dc = dc_float32.to(dtype);
-  const Tensor dweight_ih = weights ? at::mm(dg.t(), upcast(x)).to(dtype) : none();
-  const Tensor dweight_hh = weights ? at::mm(dg.t(), upcast(h)).to(dtype) : none();
-  const Tensor dbias = weights && bias_ih ? dg.sum(0).to(dtype) : none();
-  if (stats) {
-    const bool there[] = {dh_next.has_value(), dc_next.has_value(), inputs, true, true, weights, weights, weights && bias_ih};
-    const Tensor* ports[] = {
-        dh_next ? &*dh_next : nullptr, dc_next ? &*dc_next : nullptr, &dx, &dh, &dc, &dweight_ih, &dweight_hh, &dbias};
-    for (int64_t port = 0; port < 8; ++port) {
-      if (there[port]) measure(*ports[port], *stats, port);
-    }
-  }
-  return {dx, dh, dc, dweight_ih, dweight_hh, dbias};
+  const auto& [of_x, of_h, of_c, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh] = output_mask;
+  const auto product = [&](bool wanted, const Tensor& a, const Tensor& b) {
+    return wanted ? OptionalTensor(at::mm(a, upcast(b)).to(dtype)) : std::nullopt;
+  };
+  const OptionalTensor dx = product(of_x, dg, weight_ih), dh = product(true, dg, weight_hh), dc = dc_float32.to(dtype);
+  const OptionalTensor dweight_ih = product(of_weight_ih, dg.t(), x), dweight_hh = product(of_weight_hh, dg.t(), h);
+  const bool of_bias = bias_ih && (of_bias_ih || of_bias_hh);
+  const OptionalTensor dbias = of_bias ? OptionalTensor(dg.sum(0).to(dtype)) : std::nullopt;
+  measure_ports(stats, {dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias});
+  const auto or_empty = [&](const OptionalTensor& d) { return d ? *d : no_gradient(x); };
+  const auto [dbias_ih, dbias_hh] = of_both_biases(dbias, of_bias_ih, of_bias_hh);
+  return {or_empty(dx),         or_empty(dh),       or_empty(dc),      or_empty(dweight_ih),
+          or_empty(dweight_hh), or_empty(dbias_ih), or_empty(dbias_hh)};
 }
 
 }  // namespace gk

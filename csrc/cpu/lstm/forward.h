@@ -32,16 +32,11 @@ static GK_INLINE void gates_tile(const LstmForward<A>& p, const A* h, const A* c
   multiply<A>(h, p.P, p.packed_hh + j * 4 * p.P, WIDTH<A>, 4 * WIDTH<A>, p.P, sums);
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
-    const Vec<A> i = sigmoid<A>(sums[r][0]), f = sigmoid<A>(sums[r][1]), g = hyperbolic_tangent<A>(sums[r][2]),
-                 o = sigmoid<A>(sums[r][3]);
-    const Vec<A> cell = f * load_first(c + r * H + j, count) + i * g;
-    A* target = gates + 4 * r * H;
-    store_first(target, i, count);
-    store_first(target + H, f, count);
-    store_first(target + 2 * H, g, count);
-    store_first(target + 3 * H, o, count);
+    const Gates<A> active = activate<A>(sums[r]);
+    const Vec<A> cell = active.f * load_first(c + r * H + j, count) + active.i * active.g;
+    store_gates(gates + 4 * r * H, active, H, count);
     store_first(p.cells + (row + r) * H + j, cell, count);
-    store_first(out + r * H + j, o * hyperbolic_tangent<A>(cell), count);
+    store_first(out + r * H + j, active.o * hyperbolic_tangent<A>(cell), count);
   }
 }
 

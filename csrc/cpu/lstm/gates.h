@@ -95,6 +95,45 @@ static GK_INLINE Vec<A> hyperbolic_tangent(Vec<A> v) {
   return size > A(0.625) ? signed_far : near;
 }
 
+// The activated gates of WIDTH units, which lie H units apart, from `p` on.
+template <typename A>
+struct Gates {
+  Vec<A> i, f, g, o;
+};
+template <typename A>
+static GK_INLINE Gates<A> load_gates(const A* p, int64_t H, int64_t count) {
+  return {load_first(p, count), load_first(p + H, count), load_first(p + 2 * H, count), load_first(p + 3 * H, count)};
+}
+template <typename A>
+static GK_INLINE void store_gates(A* p, const Gates<A>& gates, int64_t H, int64_t count) {
+  store_first(p, gates.i, count);
+  store_first(p + H, gates.f, count);
+  store_first(p + 2 * H, gates.g, count);
+  store_first(p + 3 * H, gates.o, count);
+}
+
+template <typename A>
+static GK_INLINE Gates<A> activate(const Vec<A> (&preactivations)[4]) {
+  const auto& [i, f, g, o] = preactivations;
+  return {sigmoid<A>(i), sigmoid<A>(f), hyperbolic_tangent<A>(g), sigmoid<A>(o)};
+}
+
+// One step back through the gates: the gradients of dc = dL/dc_next, of the preactivations, and of c.
+template <typename A>
+struct StepGradients {
+  Vec<A> dc_next, dc;
+  Gates<A> dgates;
+};
+
+// dh: dL/dh_next before any projection. dc_after: what comes to c_next from the step after. m: tanh(c_next).
+template <typename A>
+static GK_INLINE StepGradients<A> step_backward(Vec<A> dh, Vec<A> dc_after, const Gates<A>& gates, Vec<A> m, Vec<A> c) {
+  const auto& [i, f, g, o] = gates;
+  const Vec<A> dc = dc_after + dh * o * (A(1) - m * m);
+  return {
+      dc, dc * f, {dc * g * (i * (A(1) - i)), dc * c * (f * (A(1) - f)), dc * i * (A(1) - g * g), dh * m * (o * (A(1) - o))}};
+}
+
 // Rows of a register tile: with 4 vectors of columns, as many as leave registers for the weights and a broadcast.
 constexpr int TILE_ROWS = GK_VECTOR_BYTES == 64 ? 6 : 3;
 

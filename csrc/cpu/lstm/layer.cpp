@@ -31,7 +31,7 @@ static int64_t panels_size(int64_t K, int64_t columns) {
 #else
 namespace gk {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Scratch for weights as the loops read them: K rows of `columns`, in whole vectors of any instruction set.
 template <typename A>
@@ -209,7 +209,7 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
                          const Tensor& h0, const Tensor& c0, const Tensor& weight_ih, const Tensor& weight_hh,
                          const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
                          const OptionalTensor& batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells,
-                         bool reverse, bool inputs, bool weights, const OptionalTensor& stats,
+                         bool reverse, OutputMask<8> output_mask, const OptionalTensor& stats,
                          const OptionalTensor& time_stats) {
   const auto sizes =
       check_lstm_layer("lstm_layer_bwd", x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes.has_value());
@@ -217,8 +217,8 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
   const OneThreadInForkedChild guard;
   const Steps steps(x, batch_sizes, h0.size(0), reverse);
   const auto dtype = x.scalar_type();
-  const auto none = [&] { return at::empty({0}, x.options()); };  // one each: no two results share memory
-  Tensor dx = none(), dweight_ih = none(), dweight_hh = none(), dbias = none(), dweight_hr = none(), dh0, dc0;
+  const auto& [of_x, of_h0, of_c0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, of_weight_hr] = output_mask;
+  OptionalTensor dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr;
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_layer_bwd", [&] {
     const Tensor rows_dy = dy ? upcast_rows(*dy) : Tensor();
     const BackwardResult result = backward_through_time<scalar_t>(steps, rows_dy, dh_n, dc_n, upcast(c0), upcast(weight_hh),
@@ -226,22 +226,17 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
     const Tensor dg = result.dgates.narrow(1, 0, gates.size(1));
     dh0 = result.dh0.to(dtype);
     dc0 = result.dc0.to(dtype);
-    if (inputs) dx = at::mm(dg, upcast(weight_ih)).to(dtype).view(x.sizes());
-    if (!weights) return;
-    dweight_ih = at::mm(dg.t(), upcast_rows(x)).to(dtype);
-    dweight_hh = at::mm(dg.t(), previous_rows<scalar_t>(steps, upcast_rows(y), upcast(h0))).to(dtype);
-    if (bias_ih) dbias = dg.sum(0).to(dtype);
-    if (weight_hr) dweight_hr = at::mm(result.dh_total.t(), result.m).to(dtype);
+    if (of_x) dx = at::mm(dg, upcast(weight_ih)).to(dtype).view(x.sizes());
+    if (of_weight_ih) dweight_ih = at::mm(dg.t(), upcast_rows(x)).to(dtype);
+    if (of_weight_hh) dweight_hh = at::mm(dg.t(), previous_rows<scalar_t>(steps, upcast_rows(y), upcast(h0))).to(dtype);
+    if (bias_ih && (of_bias_ih || of_bias_hh)) dbias = dg.sum(0).to(dtype);
+    if (weight_hr && of_weight_hr) dweight_hr = at::mm(result.dh_total.t(), result.m).to(dtype);
   });
-  if (stats) {
-    if (dy) measure(*dy, *stats, 0);
-    if (inputs) measure(dx, *stats, 1);
-    if (weights) measure(dweight_ih, *stats, 2);
-    if (weights) measure(dweight_hh, *stats, 3);
-    if (weights && bias_ih) measure(dbias, *stats, 4);
-    if (weights && weight_hr) measure(dweight_hr, *stats, 5);
-  }
-  return {dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr};
+  measure_ports(stats, {dy, dx, dweight_ih, dweight_hh, dbias, dweight_hr});
+  const auto or_empty = [&](const OptionalTensor& d) { return d ? *d : no_gradient(x); };
+  const auto [dbias_ih, dbias_hh] = of_both_biases(dbias, of_bias_ih, of_bias_hh);
+  return {or_empty(dx),         or_empty(dh0),      or_empty(dc0),      or_empty(dweight_ih),
+          or_empty(dweight_hh), or_empty(dbias_ih), or_empty(dbias_hh), or_empty(dweight_hr)};
 }
 
 }  // namespace gk

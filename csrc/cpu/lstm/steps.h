@@ -142,6 +142,22 @@ inline Tensor upcast_rows(const Tensor& t) {
   return upcast(t).view({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
 }
 
+// The gradients of bias_ih and bias_hh where they are wanted: equal numbers, a tensor each, as of any two inputs.
+inline std::pair<OptionalTensor, OptionalTensor> of_both_biases(const OptionalTensor& dbias, bool of_bias_ih, bool of_bias_hh) {
+  const bool both = dbias && of_bias_ih && of_bias_hh;
+  return {of_bias_ih ? dbias : std::nullopt, both ? dbias->clone() : of_bias_hh ? dbias : std::nullopt};
+}
+
+// Adds the statistics of those gradients that are there, in the order of the op's ports.
+inline void measure_ports(const OptionalTensor& stats, std::initializer_list<OptionalTensor> gradients) {
+  if (!stats) return;
+  int64_t port = 0;
+  for (const OptionalTensor& gradient : gradients) {
+    if (gradient) measure(*gradient, *stats, port);
+    ++port;
+  }
+}
+
 // Null where the tensor is undefined: what is not there. One without elements is there, and has an address nobody reads.
 template <typename A>
 A* writable(const Tensor& t) {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from gradkernels.library import or_empty
 from gradkernels.triton.launch import launch
 from gradkernels.triton.launch_cache import register
 from gradkernels.triton.lstm.gates import gates_backward, gates_forward, hyperbolic_tangent, load_gates, store_gates
-from gradkernels.triton.lstm.sequence import multiply_float32
+from gradkernels.triton.lstm.sequence import multiply_float32, of_both_biases
 from gradkernels.triton.probe import probe_each
 
 BLOCK = 512  # elements of h of a program
@@ -107,21 +110,23 @@ def lstm_cell_bwd(
     bias_ih: torch.Tensor | None,
     bias_hh: torch.Tensor | None,
     gates: torch.Tensor,
-    inputs: bool,
-    weights: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """dx, dh, dc, dweight_ih, dweight_hh, dbias; no elements where not wanted. dG is rounded to x's dtype for the products."""
+    """The gradients of the inputs: those of `output_mask`, dh, dc. dG is rounded to x's dtype for the products."""
     dg, dc = x.new_empty(gates.shape), c.new_empty(c.shape)
     arriving = (None if d is None else d.contiguous() for d in (dh_next, dc_next))
     args = (*arriving, c.contiguous(), gates, dg, dc, c.numel())
     launch(lstm_cell_bwd_kernel, (max(1, -(-c.numel() // BLOCK)),), *args, H=c.shape[1], BLOCK=BLOCK, num_warps=4)
-    dx = torch.mm(dg, weight_ih) if inputs else None
+    of_x, _, _, *of_weights, of_bias_ih, of_bias_hh = output_mask
+    dx = torch.mm(dg, weight_ih) if of_x else None
     dh = torch.mm(dg, weight_hh)
-    dweight_ih, dweight_hh = (multiply_float32(dg.t(), t).to(x.dtype) if weights else None for t in (x, h))
-    dbias = dg.sum(0) if weights and bias_ih is not None else None
+    dweight_ih, dweight_hh = (
+        multiply_float32(dg.t(), t).to(x.dtype) if want else None for t, want in zip((x, h), of_weights, strict=True)
+    )
+    dbias = dg.sum(0) if (of_bias_ih or of_bias_hh) and bias_ih is not None else None
     probe_each(stats, dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias)
-    return tuple(x.new_empty(0) if d is None else d for d in (dx, dh, dc, dweight_ih, dweight_hh, dbias))
+    return or_empty(x, dx, dh, dc, dweight_ih, dweight_hh, *of_both_biases(dbias, of_bias_ih, of_bias_hh))
 
 
 register("lstm_cell_fwd", lstm_cell_fwd)

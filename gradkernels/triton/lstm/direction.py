@@ -6,6 +6,7 @@ it; the recurrences are in forward.py and backward.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,13 +76,18 @@ class LayerDirection:
         if self.dx is not None:
             torch.mm(self.result.dgates[rows], weight_ih, out=self.dx[rows])
 
-    def multiply(self) -> None:
-        """dweight_ih, dweight_hh, dbias, dweight_hr, after the backward recurrence: products over the rows of all steps."""
+    def multiply(self, wanted: Sequence[bool | None]) -> None:
+        """dweight_ih, dweight_hh, dbias, dweight_hr, after the backward recurrence: products over the rows of all steps.
+
+        wanted: which of `weights` want a gradient; None or False where there is no such weight.
+        """
         dg, dtype = self.result.dgates, self.x.dtype
-        dweight_ih = multiply_float32(dg.t(), self.x).to(dtype)
-        dweight_hh = multiply_float32(dg.t(), previous_rows(self.steps, self.y, self.h0)).to(dtype)
-        dbias, dweight_hr = dg.sum(0) if self.weights[2] is not None else None, None
-        if self.result.dh_total is not None:
+        of_ih, of_hh, of_bias_ih, of_bias_hh, of_hr = wanted
+        dweight_ih = multiply_float32(dg.t(), self.x).to(dtype) if of_ih else None
+        previous = previous_rows(self.steps, self.y, self.h0) if of_hh else None
+        dweight_hh = multiply_float32(dg.t(), previous).to(dtype) if of_hh else None
+        dbias, dweight_hr = dg.sum(0) if of_bias_ih or of_bias_hh else None, None
+        if of_hr:
             m = (self.gates[:, -self.cells.shape[1] :] * self.cells.tanh()).to(dtype)
             dweight_hr = multiply_float32(self.result.dh_total.t(), m).to(dtype)
         self.of_weights = (dweight_ih, dweight_hh, dbias, dweight_hr)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from gradkernels.library import or_empty
 from gradkernels.ops._steps import rows_of, rows_per_step
 from gradkernels.ops.layer_norm import upcast
 from gradkernels.triton.launch_cache import register
 from gradkernels.triton.lstm.direction import LayerDirection
-from gradkernels.triton.lstm.sequence import Steps, last_rows
+from gradkernels.triton.lstm.sequence import Steps, last_rows, of_both_biases
 
 
 def lstm_layer_fwd(
@@ -54,26 +57,26 @@ def lstm_layer_bwd(
     gates: torch.Tensor,
     cells: torch.Tensor,
     reverse: bool,
-    inputs: bool,
-    weights: bool,
+    output_mask: Sequence[bool],
     stats: torch.Tensor | None,
     time_stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr; no elements where not wanted. Statistics of both kinds.
+    """The gradients of the inputs; of no elements where not wanted, but dh0 and dc0. Statistics of both kinds.
 
     dG is rounded to x's dtype for the products after the recurrence; what is carried from step to step is not.
     """
     steps = Steps.of(rows_per_step(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
-    weights_of_direction = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
-    layer_direction = LayerDirection(steps, weights_of_direction, rows_of(x), h0, c0, rows_of(y), gates, cells)
-    layer_direction.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, inputs)
+    weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
+    wanted = [want and weight is not None for want, weight in zip(output_mask[3:], weights, strict=True)]
+    layer_direction = LayerDirection(steps, weights, rows_of(x), h0, c0, rows_of(y), gates, cells)
+    layer_direction.receive(None if dy is None else rows_of(dy).contiguous(), dh_n, dc_n, output_mask[0])
     layer_direction.backward(0, len(steps.sizes), time_stats is not None)
-    if weights:
-        layer_direction.multiply()
+    layer_direction.multiply(wanted)
     layer_direction.record(stats, time_stats)
-    dh, dc = (d.to(x.dtype) for d in layer_direction.state)
-    dx, *of_weights = (x.new_empty(0) if d is None else d for d in (layer_direction.dx, *layer_direction.of_weights))
-    return dx.view(x.shape) if inputs else dx, dh, dc, *of_weights
+    dx, (dh0, dc0) = layer_direction.dx, (d.to(x.dtype) for d in layer_direction.state)
+    dweight_ih, dweight_hh, dbias, dweight_hr = layer_direction.of_weights
+    of_weights = (dweight_ih, dweight_hh, *of_both_biases(dbias, *wanted[2:4]), dweight_hr)
+    return or_empty(x, None if dx is None else dx.view(x.shape), dh0, dc0, *of_weights)
 
 
 # torch.compile does not look into these: it would lay out one launch a step, and build another graph for every length.

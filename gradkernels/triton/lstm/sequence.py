@@ -125,6 +125,14 @@ def multiply_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None 
     return torch.mm(a.float(), b.float(), out=out)
 
 
+def of_both_biases(
+    dbias: torch.Tensor | None, of_bias_ih: bool, of_bias_hh: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of bias_ih and bias_hh where they are wanted: equal numbers, a tensor each."""
+    both = dbias is not None and of_bias_ih and of_bias_hh
+    return dbias if of_bias_ih else None, dbias.clone() if both else dbias if of_bias_hh else None
+
+
 def preactivations(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> torch.Tensor:

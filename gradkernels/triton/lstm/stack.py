@@ -29,7 +29,7 @@ from gradkernels.triton.lstm.backward import BackwardResult
 from gradkernels.triton.lstm.direction import Call, LayerDirection
 from gradkernels.triton.lstm.gates import NUM_SUMS
 from gradkernels.triton.lstm.persistent import tiling_of
-from gradkernels.triton.lstm.sequence import Steps, last_rows
+from gradkernels.triton.lstm.sequence import Steps, last_rows, of_both_biases
 from gradkernels.triton.lstm.streams import StreamGroup
 
 CHUNK_STEPS = 128  # steps at least: beside them it is little that every launch loads W_hh anew
@@ -153,8 +153,11 @@ def forward_pass(call: Call) -> None:
                 ]
 
 
-def backward_pass(call: Call, active: list[int], of_weights: list[bool]) -> None:
-    """The backward pass of the layer directions in `active`, for which `prepare` has been called."""
+def backward_pass(call: Call, active: list[int], of_weights: list[list[bool | None]]) -> None:
+    """The backward pass of the layer directions in `active`, for which `prepare` has been called.
+
+    of_weights: of each layer direction, which of its weights want a gradient.
+    """
     directions = call.stack.directions
     with StreamGroup(call.layer_directions[0].x.device, len(call.layer_directions)) as streams:
         for chunk in reversed(call.chunks):
@@ -164,8 +167,8 @@ def backward_pass(call: Call, active: list[int], of_weights: list[bool]) -> None
                 after = [done[other] for other in above if other in done]
                 done[index] = streams.run(index, partial(call.backward, index, *chunk), after)
         for index in active:
-            if of_weights[index]:
-                streams.run(index, call.layer_directions[index].multiply)
+            if any(of_weights[index]):
+                streams.run(index, partial(call.layer_directions[index].multiply, of_weights[index]))
     for layer_direction in call.layer_directions:
         result = () if layer_direction.result is None else (layer_direction.result.partials, layer_direction.result.exponents)
         streams.hand_over(*result, *layer_direction.of_weights)
@@ -201,9 +204,10 @@ def go_back(call: Call, grads: Sequence[torch.Tensor | None], needs: Sequence[bo
     `needs`: which of (x, h0, c0, *weights) want a gradient. LayerDirections that none of them needs do not run.
     """
     stack, every = call.stack, any(needs[:3])
-    of_weights = [any(stack.weights_of(needs[3:], index)) for index in range(stack.layer_directions)]
-    lowest = 0 if every else of_weights.index(True) // stack.directions
-    active = [k for k in range(stack.layer_directions) if every or of_weights[k] or k // stack.directions > lowest]
+    of_weights = [stack.weights_of(needs[3:], index) for index in range(stack.layer_directions)]
+    trained = [any(wanted) for wanted in of_weights]
+    lowest = 0 if every else trained.index(True) // stack.directions
+    active = [k for k in range(stack.layer_directions) if every or trained[k] or k // stack.directions > lowest]
     for index in reversed(active):
         prepare(call, index, *grads, needs[0] or index // stack.directions > lowest)
     backward_pass(call, active, of_weights)
@@ -283,8 +287,9 @@ def collect(call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | 
         )
     for layer_direction in call.layer_directions:
         dweight_ih, dweight_hh, dbias, dweight_hr = layer_direction.of_weights
-        of_biases = (dbias, None if dbias is None else dbias.clone())
-        given = zip((dweight_ih, dweight_hh, *of_biases, dweight_hr), layer_direction.weights, strict=True)
+        given = zip(
+            (dweight_ih, dweight_hh, *of_both_biases(dbias, True, True), dweight_hr), layer_direction.weights, strict=True
+        )
         found += [d for d, weight in given if weight is not None]
     return found
 
