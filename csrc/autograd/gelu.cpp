@@ -9,17 +9,16 @@ struct GeluBackward : OpNode<1> {  // x
 
   std::string name() const override { return "GradkernelsGeluBackward"; }
   variable_list gradients_of(const variable_list& dy) override {
-    static const Op<Tensor> kernel("gelu_bwd"), differentiable("gelu_bwd_differentiable");
     const Tensor x = unpack(0);
-    return {run_backward([&] { return differentiable(dy[0], x, tanh, stats); }, [&] { return kernel(dy[0], x, tanh, stats); })};
+    return {run_backward([&] { return call<"gelu_bwd_differentiable", Tensor>(dy[0], x, tanh, stats); },
+                         [&] { return call<"gelu_bwd", Tensor>(dy[0], x, tanh, stats); })};
   }
 };
 
 Tensor gelu(const Tensor& x, bool tanh, const OptionalTensor& stats) {
-  static const Op<Tensor> forward("gelu_fwd"), differentiable("gelu_differentiable");
-  if (forward_mode(x)) return differentiable(x, tanh);
+  if (forward_mode(x)) return call<"gelu_differentiable", Tensor>(x, tanh);
   const auto node = node_for<GeluBackward>(x);
-  Tensor y = below_autograd([&] { return forward(x, tanh); });
+  Tensor y = below_autograd([&] { return call<"gelu_fwd", Tensor>(x, tanh); });
   if (node) {
     torch::autograd::set_history(y, node);
     node->keep(x);

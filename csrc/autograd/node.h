@@ -6,7 +6,7 @@
 // Two cases leave the kernels for the differentiable composite in Python: double backward (grad mode on inside backward)
 // and forward-mode differentiation.
 //
-// Here stands what the nodes share: `Op` calls an op by its name, `OpNode` keeps what one forward leaves to its backward.
+// Here stands what the nodes share: `call` calls an op by its name, `OpNode` keeps what one forward leaves to its backward.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -27,24 +27,33 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// An op of the namespace, found once, that is called with the C++ types of its schema.
-template <typename Result>
-class Op {
- public:
-  explicit Op(const char* name)
-      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow((std::string("gradkernels::") + name).c_str(), "")) {}
-
-  template <typename... Args>
-  Result operator()(const Args&... args) const {
-    return handle_.typed<Result(Declared<Args>...)>().call(args...);
-  }
-
- private:
-  template <typename T>
-  using Declared = std::conditional_t<std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>, const T&, T>;
-
-  c10::OperatorHandle handle_;
+// A string as an argument of a template.
+template <size_t N>
+struct Name {
+  char text[N];
+  constexpr Name(const char (&characters)[N]) { std::copy_n(characters, N, text); }
 };
+
+template <size_t N, typename... Ts>
+struct TupleOf : TupleOf<N - 1, Tensor, Ts...> {};
+template <typename... Ts>
+struct TupleOf<0, Ts...> {
+  using type = std::tuple<Ts...>;
+};
+template <size_t N>
+using Tensors = typename TupleOf<N>::type;
+
+template <typename T>
+using Declared = std::conditional_t<std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>, const T&, T>;
+
+// Calls the op of that name, which is looked up once, with the C++ types of its schema.
+template <Name NAME, typename Result, typename... Args>
+Result call(const Args&... args) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow((std::string("gradkernels::") + NAME.text).c_str(), "")
+                             .template typed<Result(Declared<Args>...)>();
+  return op.call(args...);
+}
 
 inline OptionalTensor optional(Tensor t) { return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt; }
 
@@ -139,8 +148,11 @@ auto run_backward(const Composite& composite, const Kernel& kernel) {
 }
 
 template <typename... Tensors>
-variable_list as_list(const std::tuple<Tensors...>& gradients) {
-  return std::apply([](const auto&... each) { return variable_list{each...}; }, gradients);
+variable_list as_list(std::tuple<Tensors...>&& gradients) {
+  variable_list list;
+  list.reserve(sizeof...(Tensors));
+  std::apply([&](auto&... each) { (list.push_back(std::move(each)), ...); }, gradients);
+  return list;
 }
 
 }  // namespace gk

@@ -9,15 +9,15 @@ namespace {
 struct ResidualBackward : OpNode<0> {
   std::string name() const override { return "GradkernelsResidualBackward"; }
   variable_list gradients_of(const variable_list& gradients) override {
-    static const Op<Tensor> kernel("residual_bwd"), differentiable("residual_bwd_differentiable");
     const auto dskip = optional(gradients[0]), dbranch = optional(gradients[1]);
-    return {run_backward([&] { return differentiable(dskip, dbranch, stats); }, [&] { return kernel(dskip, dbranch, stats); })};
+    return {run_backward([&] { return call<"residual_bwd_differentiable", Tensor>(dskip, dbranch, stats); },
+                         [&] { return call<"residual_bwd", Tensor>(dskip, dbranch, stats); })};
   }
 };
 
 // Both outputs are x. They are marked as views of one node with several outputs, so that writing into either in place,
 // which would change the other behind autograd's back, raises the error PyTorch users know from split() and unbind().
-std::tuple<Tensor, Tensor> residual_fork(const Tensor& x, const OptionalTensor& stats) {
+Tensors<2> residual_fork(const Tensor& x, const OptionalTensor& stats) {
   const auto node = node_for<ResidualBackward>(x);
   const auto view = [&] {
     Tensor alias = below_autograd([&] { return at::alias(x); });
