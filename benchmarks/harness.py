@@ -158,12 +158,10 @@ def measure(case: Case, device: torch.device = CPU, protocol: Protocol | None = 
             if case.flops and not protocol.launches:
                 square = torch.randn(PRODUCT, PRODUCT).to(case.dtype)
                 calls["product", "call"] = lambda index, square=square: square @ square
-            host = {}
+            times, host = time_rounds(calls, device, protocol), {}
             if protocol.launches and case.replayed is None:
-                host = host_microseconds(
-                    {way: call for way, call in calls.items() if way[1] == "call"}, device, protocol.rounds
-                )
-            times = time_rounds(calls, device, protocol)
+                launched = {way: call for way, call in calls.items() if way[1] == "call"}
+                host = host_microseconds(launched, device, protocol.rounds)
             for way, own in times.items():
                 line = {"op": case.op, "implementation": way[0], **what}
                 if protocol.launches:
