@@ -102,10 +102,7 @@ def lines() -> Iterator[dict]:
         if name in failed:
             yield {**line, "failed": "correctness gate"}
             continue
-        line["ratio_to_eager"] = harness.quantiles(
-            [mine / base for mine, base in zip(times[name], times["eager"], strict=True)]
-        )
+        line["ratio_to_eager"] = harness.ratio(times[name], times["eager"])
         if name == "telemetry on":
-            pairs = zip(times[name], times["telemetry off"], strict=True)
-            line["ratio_to_telemetry_off"] = harness.quantiles([mine / off for mine, off in pairs])
+            line["ratio_to_telemetry_off"] = harness.ratio(times[name], times["telemetry off"])
         yield line

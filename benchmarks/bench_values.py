@@ -9,10 +9,10 @@ import torch
 
 import gradkernels as gk
 from benchmarks import harness
+from benchmarks.case import DTYPES
 from gradkernels.ops import OPS
 
 SHAPE = (2048, 768)
-KERNELS = torch.ops.gradkernels
 
 
 def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -33,29 +33,31 @@ def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def backward(op: str, dtype: torch.dtype) -> Callable[[torch.Tensor], object]:
-    """The op's backward as a function of dy."""
-    N = SHAPE[1]
-    x, beside, weight, bias = (torch.randn(size).to(dtype) for size in (SHAPE, SHAPE, (N,), (N,)))
-    stats = gk.new_stats(len(OPS[op].PORTS))
-    _, mean, rstd = KERNELS.layer_norm_fwd(x, weight, bias, 1, 1e-5)
-    norm = (mean, rstd, weight, bias, 1)
-    return {
-        "gelu": lambda dy: KERNELS.gelu_bwd(dy, x, False, stats),
-        "residual": lambda dy: KERNELS.residual_bwd(dy, beside, stats),
-        "layer_norm": lambda dy: KERNELS.layer_norm_bwd(dy, x, *norm, [True] * 3, stats),
-        "add_layer_norm": lambda dy: KERNELS.add_layer_norm_bwd(dy, beside, x, *norm, dtype, [True, False, True, True], stats),
-        "probe": lambda dy: KERNELS.probe_bwd(dy, stats, 0),
+    """The op's backward as a function of dy; the gradient of a second output, where there is one, stays the same."""
+    N = SHAPE[1:]
+    x, beside, weight, bias = (torch.randn(size).to(dtype).requires_grad_() for size in (SHAPE, SHAPE, N, N))
+    fused, inputs = {
+        "gelu": (gk.gelu, [x]),
+        "residual": (gk.residual_fork, [x]),
+        "layer_norm": (lambda x, *weights, **stats: gk.layer_norm(x, N, *weights, **stats), [x, weight, bias]),
+        "add_layer_norm": (
+            lambda x, residual, *weights, **stats: gk.add_layer_norm(x, residual, N, *weights, **stats),
+            [x, beside, weight, bias],
+        ),
+        "probe": (gk.probe, [x]),
     }[op]
+    outputs = fused(*inputs, stats=gk.new_stats(len(OPS[op].PORTS)))
+    outputs, others = (outputs, [torch.randn_like(x)]) if isinstance(outputs, tuple) else ((outputs,), [])
+    return lambda dy: torch.autograd.grad(outputs, inputs, [dy, *others], retain_graph=True)
 
 
 def lines() -> Iterator[dict]:
     """One result line an op, dtype and kind: its time as a ratio to that of ordinary values in the same round."""
     for op in ("gelu", "layer_norm", "add_layer_norm", "residual", "probe"):
-        for dtype in harness.DTYPES:
+        for dtype in DTYPES:
             call, kinds = backward(op, dtype), gradients(dtype)
             times = harness.time_rounds({name: lambda index, call=call, dy=dy: call(dy) for name, dy in kinds.items()})
             what = {"op": f"{op} values", "direction": "backward", "dtype": str(dtype).removeprefix("torch.")}
-            for name in kinds:
-                pairs = zip(times[name], times["normal"], strict=True)
-                ratio = harness.quantiles([mine / normal for mine, normal in pairs])
+            for name, own in times.items():
+                ratio = harness.ratio(own, times["normal"])
                 yield {**what, "shape": list(SHAPE), "implementation": name, "ratio_to_normal_values": ratio}

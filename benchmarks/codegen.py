@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradkernels.telemetry import NUM_SLOTS
+from benchmarks import raw_calls
 from gradkernels.triton import KERNELS, launch
 
 RESULTS = Path(__file__).parent / "results" / "codegen.jsonl"
@@ -42,6 +42,13 @@ POINTWISE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 NORM_DTYPES = (torch.bfloat16, torch.float32)
 NORM_COLUMNS = (768, 1024, 4096, 8192, 16384)
 LSTM_SIZES = ((1024, 0), (200, 72), (65, 0))  # H, P
+LSTM_OPS = (  # name, telemetry
+    ("lstm_layer_bwd", False),
+    ("lstm_layer_bwd", True),
+    ("lstm_layer_fwd", False),
+    ("lstm_cell_fwd", False),
+    ("lstm_cell_bwd", False),
+)
 M = 8192
 TRITON_TYPES = {
     torch.bfloat16: "bf16",
@@ -174,60 +181,37 @@ def elements_a_thread(launch: Launch) -> int:
 
 
 def cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
-    """(what it is, op, arguments) of every op, dtype and width; telemetry off and on."""
+    """(what it is, op, arguments) of every op, dtype and width; forward once, backward with telemetry off and on."""
     for on in (False, True):
-        make = lambda ports, on=on: torch.empty(ports, NUM_SLOTS, 8, dtype=torch.float64, device="meta") if on else None  # noqa: E731
         for dtype in POINTWISE_DTYPES:
             x = torch.empty(M, 4096, dtype=dtype, device="meta")
-            what = {"dtype": str(dtype).removeprefix("torch."), "columns": 4096, "telemetry": on}
-            for tanh in (False, True):
-                name = {"op": "gelu tanh" if tanh else "gelu", **what}
-                yield name, KERNELS["gelu_bwd"], (x, x, tanh, make(2))
-                if not on:
-                    yield name, KERNELS["gelu_fwd"], (x, tanh)
-            yield {"op": "residual", **what}, KERNELS["residual_bwd"], (x, x, make(3))
-            if on:
-                yield {"op": "probe", **what}, KERNELS["probe_bwd"], (x, make(1), 0)
+            pointwise = [("gelu", raw_calls.gelu(x, False, on)), ("gelu tanh", raw_calls.gelu(x, True, on))]
+            pointwise += [("residual", raw_calls.residual(x, on)), *([("probe", raw_calls.probe(x))] if on else [])]
+            yield from named(pointwise, x, on)
         for dtype in NORM_DTYPES:
             for columns in NORM_COLUMNS:
                 x = torch.empty(M, columns, dtype=dtype, device="meta")
-                h, weight = x.float(), x[0]
-                mean = torch.empty(M, 1, device="meta")
-                what = {"dtype": str(dtype).removeprefix("torch."), "columns": columns, "telemetry": on}
-                yield (
-                    {"op": "layer_norm", **what},
-                    KERNELS["layer_norm_bwd"],
-                    (x, x, mean, mean, weight, weight, 1, [True] * 3, make(4)),
-                )
-                last = (mean, mean, weight, weight, 1, dtype, [True] * 4, make(5))
-                yield {"op": "add_layer_norm", **what}, KERNELS["add_layer_norm_bwd"], (x, h, h, *last)
-                if not on:
-                    yield {"op": "layer_norm", **what}, KERNELS["layer_norm_fwd"], (x, weight, weight, 1, 1e-5)
-                    yield {"op": "add_layer_norm", **what}, KERNELS["add_layer_norm_fwd"], (x, h, weight, weight, 1, 1e-5)
+                norms = [("layer_norm", raw_calls.layer_norm(x, on)), ("add_layer_norm", raw_calls.add_layer_norm(x, on))]
+                yield from named(norms, x, on)
+
+
+def named(calls: list[tuple[str, raw_calls.Calls]], x: torch.Tensor, on: bool) -> Iterator[tuple[dict[str, Any], Any, tuple]]:
+    """The same of calls; a forward has no telemetry."""
+    for op, arguments in calls:
+        what = {"op": op, "dtype": str(x.dtype).removeprefix("torch."), "columns": x.shape[1], "telemetry": on}
+        for name in sorted(arguments):
+            if name.endswith("_bwd") or not on:
+                yield what, KERNELS[name], arguments[name]
 
 
 def lstm_cases() -> Iterator[tuple[dict[str, Any], Any, tuple]]:
     """The same of the LSTM, two steps of it: the tall sizes in every dtype, odd ones and a projection in two."""
     for H, P in LSTM_SIZES:
         for dtype in POINTWISE_DTYPES if P == 0 and H > 1000 else NORM_DTYPES:
-            wide = torch.float64 if dtype is torch.float64 else torch.float32
-            make = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
-            B, T, N = 32, 2, P or H
-            x, h0, c0, bias, hr = make(T, B, H), make(B, N), make(B, H), make(4 * H), make(P, H) if P else None
-            layer = (x, h0, c0, make(4 * H, H), make(4 * H, N), bias, bias, hr, None)
-            saved = (make(T, B, N), make(T * B, 4 * H, dtype=wide), make(T * B, H, dtype=wide), False, [True] * 8)
-            cell = (x[0], c0, c0, make(4 * H, H), make(4 * H, H), bias, bias)
-            for on in (False, True):
-                what = {"dtype": str(dtype).removeprefix("torch."), "columns": H, "telemetry": on}
-                time_stats = make(1 + T, 12, dtype=torch.float64) if on else None
-                arguments = (make(T, B, N), None, None, *layer, *saved, None, time_stats)
-                yield {"op": "lstm_layer", **what}, KERNELS["lstm_layer_bwd"], arguments
-            yield {"op": "lstm_layer", **what, "telemetry": False}, KERNELS["lstm_layer_fwd"], (*layer, False)
-            if not P:
-                what = {"op": "lstm_cell", **what, "telemetry": False}
-                yield what, KERNELS["lstm_cell_fwd"], cell
-                gates = make(B, 4 * H, dtype=wide)
-                yield what, KERNELS["lstm_cell_bwd"], (c0, c0, *cell, gates, [True] * 7, None)
+            for name, on in LSTM_OPS:
+                if arguments := raw_calls.lstm(H, P, dtype, on).get(name):
+                    what = {"op": name[:-4], "dtype": str(dtype).removeprefix("torch."), "columns": H, "telemetry": on}
+                    yield what, KERNELS[name], arguments
 
 
 def lines_of(case: tuple, targets: tuple[str, ...] = tuple(TARGETS)) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def summary(lines: list[dict]) -> str:
                 missed.append(f"  {op} {dtype} {'x'.join(map(str, shape))}: {column} {value:.3f}, target {bound}")
         name = f"{op:<18} {dtype.replace('float', 'f'):<6}{'x'.join(map(str, shape)):<12}"
         rows.append(name + "".join(f"{cell:>10}" for cell in cells) + f"{group.host():>13}")
-    tests = "passed" if not last["tests"] else f"FAILED (exit code {last['tests']})"
+    tests = {None: "not run", 0: "passed"}.get(last.get("tests"), f"FAILED (exit code {last.get('tests')})")
     head = f"{last['device']}, torch {last['torch']}, commit {last['commit']}, {last['date']}; GPU tests {tests}"
     titles = f"{'op':<18} {'':<6}{'shape':<12}" + "".join(f"{column:>10}" for column in COLUMNS[:-1]) + f"{COLUMNS[-1]:>13}"
     verdict = ["every target met that was measured"] if not missed else [f"{len(missed)} targets missed (!):", *missed]

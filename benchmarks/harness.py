@@ -1,119 +1,125 @@
-"""Timing side by side: correctness first, then every variant in turns on rotating buffers, figures as ratios.
+"""Timing side by side, on a CPU or a GPU: correctness first, then every variant in turns on rotating buffers.
 
-One call is one forward and backward with all gradients, allocation included for everybody. Variants take turns within a
-round, in an order that rotates; a round gives one time per variant, and ratios are taken round by round, so that what
-slows the machine slows both sides. `eager again` is eager against itself: how far from 1 its ratio lies is the noise.
+One call is one forward and backward with all gradients, or the forward alone, allocation included for everybody. Variants
+take turns within a round, in an order that rotates; a round gives one time per variant, and ratios are taken round by round,
+so that what slows the machine slows both sides. `eager again` is eager against itself: how far from 1 its ratio lies is the
+noise. On a GPU the variants are launched one by one and replayed from CUDA graphs, a time ends when the device has finished,
+and lines also hold microseconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
+import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import gradkernels as gk
+from benchmarks.case import BASE, DIRECTIONS, Case, Variant, bytes_moved, gate
 from gradkernels.library import _C
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = ((8, 64), (64, 256), (512, 768), (2048, 768), (2048, 3072), (8192, 1024))
-COMPILED_SHAPES = ((512, 768), (8192, 1024))
-DTYPES = (torch.bfloat16, torch.float32)
-ROUNDS = 15
-ROUND_SECONDS = 0.006
-ROTATE_BYTES = 64 * 2**20  # buffers are rotated until a round trip is larger than this
-BASE = "eager"
-ALLOWED_ERROR = 2.0  # a variant whose error against float64 exceeds this multiple of eager's is not timed
-ORDER_OF_SUMS = 64  # roundings
+HOST_CALLS = 50  # timed without waiting for the device, whose queue of launches they do not fill
 PRODUCT = 512  # rows and columns of the product whose rate is the yardstick
-
-Tensors = Sequence[torch.Tensor]
-Variant = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
-
-
-@dataclass
-class Case:
-    """One op at one shape and dtype. A variant maps the inputs to one output or several.
-
-    `bytes_moved` is its floor. flops: of an op made of products, twice its multiply-adds; its share of the rate of one large
-    product, measured in the same rounds, then says how far it is from what the arithmetic allows.
-    """
-
-    op: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make_inputs: Callable[[], list[torch.Tensor]]
-    variants: dict[str, Variant]
-    bytes_moved: int
-    flops: int = 0
-    buffers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
+CPU = torch.device("cpu")
+Call = Callable[[int], object]  # with a running number, to rotate buffers by
 
 
-def outputs_of(variant: Variant, inputs: Tensors) -> tuple[torch.Tensor, ...]:
-    """The variant's outputs, always as a tuple."""
-    result = variant(*inputs)
-    return result if isinstance(result, tuple) else (result,)
+@dataclass(frozen=True)
+class Protocol:
+    """How a kind of device is measured; buffers are rotated until a round trip is larger than `rotated_bytes`, the caches."""
+
+    directions: tuple[str, ...]
+    rounds: int
+    round_seconds: float
+    most_calls: int
+    rotated_bytes: int
+    most_buffers: int
+    launches: bool  # whether lines say how a variant is launched, and hold microseconds
 
 
-def forward_backward(variant: Variant, inputs: Tensors, dys: Tensors) -> tuple[torch.Tensor, ...]:
-    """Outputs and the gradients of all inputs."""
-    outputs = outputs_of(variant, inputs)
-    return (*outputs, *torch.autograd.grad(outputs, inputs, dys))
+PROTOCOLS = {
+    "cpu": Protocol(("forward+backward",), 15, 0.006, 500, 64 * 2**20, 16, launches=False),
+    "cuda": Protocol(("forward", "forward+backward"), 7, 0.02, 2000, 256 * 2**20, 8, launches=True),
+}
 
 
-def prepare(case: Case) -> None:
-    """Fills case.buffers with random inputs and dy, as many sets as it takes to leave the caches."""
-    torch.manual_seed(0)
-    size = 0
-    while size < ROTATE_BYTES and len(case.buffers) < 16:
-        inputs = [tensor.requires_grad_() for tensor in case.make_inputs()]
-        dys = [torch.randn_like(output) for output in outputs_of(case.variants[BASE], inputs)]
-        case.buffers.append((inputs, dys))
-        size += sum(tensor.nbytes for tensor in (*inputs, *dys))
+def seconds(call: Call, repeats: int, device: torch.device) -> float:
+    """Seconds a call, from before the first to the end of the last."""
+    synchronize(device)
+    start = time.perf_counter()
+    for index in range(repeats):
+        call(index)
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
 
 
-def gate(case: Case) -> list[str]:
-    """The variants that are wrong: an error beyond ALLOWED_ERROR times eager's against float64, plus rounding."""
-    inputs, dys = case.buffers[0]
-    wide_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    exact = forward_backward(case.variants[BASE], wide_inputs, [dy.double() for dy in dys])
-    base = forward_backward(case.variants[BASE], inputs, dys)
-    # In float64 eager is its own truth, and its error 0: ours may differ by what sums in another order do.
-    rounding = torch.finfo(case.dtype).eps * (ORDER_OF_SUMS if case.dtype is torch.float64 else 1)
-    wrong = []
-    for name, variant in case.variants.items():
-        for got, eager, truth in zip(forward_backward(variant, inputs, dys), base, exact, strict=True):
-            allowed = ALLOWED_ERROR * (eager.double() - truth).abs().max() + rounding * truth.abs().max()
-            if not (got.double() - truth).abs().max() <= allowed:
-                wrong.append(name)
-                break
-    return wrong
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def time_rounds(calls: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
-    """Seconds a call, per variant and round; each call gets a running number, to rotate buffers by."""
-    counts = {}
+def time_rounds(calls: dict[Any, Call], device: torch.device = CPU, protocol: Protocol | None = None) -> dict[Any, list[float]]:
+    """Seconds a call, per variant and round."""
+    protocol, repeats = protocol or PROTOCOLS[device.type], {}
     for name, call in calls.items():
+        seconds(call, 3, device)
+        repeats[name] = max(1, min(protocol.most_calls, int(protocol.round_seconds / seconds(call, 3, device))))
+    names, times = list(calls), {name: [] for name in calls}
+    for index in range(protocol.rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            times[name].append(seconds(calls[name], repeats[name], device))
+    return times
+
+
+def host_microseconds(calls: dict[Any, Call], device: torch.device, rounds: int) -> dict[Any, dict[str, float]]:
+    """The host's time a call, until the work is in the device's queue: the median of rounds in turns, as a part of a line."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for index in range(HOST_CALLS):
+                call(index)
+            times[name].append((time.perf_counter() - start) / HOST_CALLS)
+    synchronize(device)
+    return {name: {"host_microseconds": round(1e6 * statistics.median(own), 2)} for name, own in times.items()}
+
+
+def in_graphs(call: Call, count: int) -> Call:
+    """The call's work for each set of buffers, captured once; a call replays one."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
         for index in range(3):
             call(index)
-        start = time.perf_counter()
-        call(3)
-        counts[name] = max(1, min(500, int(ROUND_SECONDS / (time.perf_counter() - start))))
-    names, times = list(calls), {name: [] for name in calls}
-    for index in range(ROUNDS):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            call = calls[name]
-            start = time.perf_counter()
-            for repeat in range(counts[name]):
-                call(repeat)
-            times[name].append((time.perf_counter() - start) / counts[name])
-    return times
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(count)]
+    for index, graph in enumerate(graphs):
+        with torch.cuda.graph(graph):
+            call(index)
+    return lambda index: graphs[index % count].replay()
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """TF32 for float32 products and for cuDNN, or for neither."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -123,65 +129,94 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(pick(0.5), 4), "p20": round(pick(0.2), 4), "p80": round(pick(0.8), 4)}
 
 
-def measure(case: Case) -> Iterator[dict]:
-    """One result line a variant: its time as a ratio to eager's in the same round, and to a copy of the floor's bytes."""
-    prepare(case)
-    wrong = gate(case)
-    for name in wrong:
-        yield {**identity(case, name), "failed": "correctness gate"}
-    source = torch.empty(max(1, case.bytes_moved // 2), dtype=torch.uint8)
+def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Quantiles of times over those of the same rounds."""
+    return quantiles([mine / other for mine, other in zip(times, base, strict=True)])
+
+
+def measure(case: Case, device: torch.device = CPU, protocol: Protocol | None = None) -> Iterator[dict]:
+    """One result line a direction, variant and way of launching, with ratios to others of the same rounds."""
+    protocol = protocol or PROTOCOLS[device.type]
+    with tf32(case.tf32):
+        buffers = case.buffers(device, protocol.rotated_bytes, protocol.most_buffers)
+        variants, check = case.variants(device), case.check
+        if check is None:
+            wrong = gate(case, variants, *buffers[0])
+        else:
+            wrong = gate(check, check.variants(device), *check.buffers(device)[0])
+        for direction in protocol.directions:
+            what = {
+                "direction": direction,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "shape": list(case.shape),
+                "bytes_moved": bytes_moved(case, direction),
+                "buffers": len(buffers),
+            }
+            yield from ({"op": case.op, "implementation": name, **what, "failed": "correctness gate"} for name in wrong)
+            right = {name: variant for name, variant in variants.items() if name not in wrong}
+            calls = calls_of(case, right, buffers, direction, what["bytes_moved"], device)
+            if case.flops and not protocol.launches:
+                square = torch.randn(PRODUCT, PRODUCT).to(case.dtype)
+                calls["product", "call"] = lambda index, square=square: square @ square
+            times, host = time_rounds(calls, device, protocol), {}
+            if protocol.launches and case.replayed is None:
+                launched = {way: call for way, call in calls.items() if way[1] == "call"}
+                host = host_microseconds(launched, device, protocol.rounds)
+            for way, own in times.items():
+                line = {"op": case.op, "implementation": way[0], **what}
+                if protocol.launches:
+                    line |= {"launched": way[1], "microseconds": round(1e6 * statistics.median(own), 2), **host.get(way, {})}
+                yield line | ratios(case, *way, times)
+
+
+def calls_of(
+    case: Case, variants: dict[str, Variant], buffers: list, direction: str, moved: int, device: torch.device
+) -> dict[tuple[str, str], Call]:
+    """{(name, "call" or "graph"): call} of a copy of as many bytes, and of every variant."""
+    source, run = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=device), DIRECTIONS[direction]
     target = torch.empty_like(source)
-    calls: dict[str, Callable[[int], object]] = {"copy": lambda index: target.copy_(source)}
-    if case.flops:
-        square = torch.randn(PRODUCT, PRODUCT).to(case.dtype)
-        calls["product"] = lambda index: square @ square
-    for name, variant in {**case.variants, "eager again": case.variants[BASE]}.items():
-        if name not in wrong:
-            calls[name] = lambda index, variant=variant: forward_backward(variant, *case.buffers[index % len(case.buffers)])
-    times = time_rounds(calls)
-    for name in calls:
-        ratios = [mine / base for mine, base in zip(times[name], times[BASE], strict=True)]
-        copies = [copy / mine for copy, mine in zip(times["copy"], times[name], strict=True)]
-        line = {**identity(case, name), "ratio_to_eager": quantiles(ratios), "share_of_copy": quantiles(copies)["median"]}
-        if case.flops and name not in ("copy", "product"):
-            rates = zip(times["product"], times[name], strict=True)
-            shares = [case.flops / mine / (2 * PRODUCT**3 / product) for product, mine in rates]
-            line["share_of_product"] = quantiles(shares)["median"]
-        if name == "telemetry on":
-            pairs = zip(times[name], times["telemetry off"], strict=True)
-            line["ratio_to_telemetry_off"] = quantiles([mine / off for mine, off in pairs])
-        yield line
+    calls: dict[str, Call] = {"copy": lambda index: target.copy_(source)}
+    for name, variant in {**variants, "eager again": variants[BASE]}.items():
+        calls[name] = lambda index, variant=variant: run(variant, *buffers[index % len(buffers)])
+    found = {(name, "call"): call for name, call in calls.items()}
+    if device.type == "cuda":
+        replayed = [name for name in calls if case.replayed is None or name in case.replayed]
+        found |= {(name, "graph"): in_graphs(calls[name], len(buffers)) for name in replayed}
+    return found
 
 
-def identity(case: Case, implementation: str) -> dict:
-    """What a line is about."""
-    return {
-        "op": case.op,
-        "implementation": implementation,
-        "direction": "forward+backward",
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "shape": list(case.shape),
-        "bytes_moved": case.bytes_moved,
-        "buffers": len(case.buffers),
-    }
+def ratios(case: Case, name: str, launched: str, times: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
+    """The ratios of a line, to what is launched in the same way where there is that."""
+    own, others = times[name, launched], {other: time for (other, way), time in times.items() if way in ("call", launched)}
+    found = {"ratio_to_eager": ratio(own, others[BASE]), "share_of_copy": ratio(others["copy"], own)["median"]}
+    if "product" in others and name not in ("copy", "product"):
+        share = case.flops / (2 * PRODUCT**3)
+        found["share_of_product"] = quantiles([share * p / mine for p, mine in zip(others["product"], own, strict=True)])[
+            "median"
+        ]
+    if name == "telemetry on" and "telemetry off" in others:
+        found["ratio_to_telemetry_off"] = ratio(own, others["telemetry off"])
+    return found
 
 
-def environment() -> dict:
+def environment(device: torch.device = CPU) -> dict:
     """Where and with what a line was measured."""
     root = Path(__file__).parent.parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
-        "device": device(),
+        "device": name_of(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "kernels": gk.implementations()["gelu on cpu"],
+        "kernels": gk.implementations().get(f"gelu on {device.type}", "C++"),
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
 
-def device() -> str:
-    """The CPU's model name, the instruction set our kernels use on it, and the number of threads torch uses."""
+def name_of(device: torch.device) -> str:
+    """The GPU's name; or the CPU's, the instruction set our kernels use on it, and the number of threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -190,18 +225,26 @@ def device() -> str:
     return f"{name}, {_C.cpu_capability() if _C is not None else 'no kernels'}, {torch.get_num_threads()} threads"
 
 
-def results_file() -> Path:
+def results_file(device: torch.device = CPU) -> Path:
     """benchmarks/results/<device>.jsonl"""
-    slug = "".join(letter if letter.isalnum() else "-" for letter in device().lower().replace("(r)", ""))
-    return RESULTS / f"{'-'.join(part for part in slug.split('-') if part)}.jsonl"
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', name_of(device).lower().replace('(r)', '')).strip('-')}.jsonl"
 
 
 def write(lines: Sequence[dict], ops: set[str]) -> Path:
-    """Puts the lines in the results file in place of what it held of the same ops."""
+    """Puts the CPU's lines in the results file in place of what it held of the same ops."""
     path = results_file()
     path.parent.mkdir(exist_ok=True)
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kept = [line for line in kept if line["op"] not in ops]
     where = environment()
     path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *({**line, **where} for line in lines)]))
+    return path
+
+
+def append(line: dict, device: torch.device) -> Path:
+    """Puts a line at the end of the results file at once, so that stopping at any time loses nothing."""
+    path = results_file(device)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
     return path

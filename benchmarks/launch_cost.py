@@ -23,9 +23,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import harness
+from benchmarks import harness, raw_calls
 from gradkernels.library import _C
-from gradkernels.telemetry import NUM_SLOTS
 from gradkernels.triton import KERNELS
 from gradkernels.triton import launch_cache as cache
 
@@ -89,37 +88,31 @@ KEPT: list[torch.library.Library] = []
 
 def calls_of(python: dict[str, Callable], captured: dict[str, Callable]) -> Iterator[tuple[str, str, Calls]]:
     """(op, direction, {implementation: call}); ours with telemetry in the backward, which eager has not."""
-    x, dy, weight, bias = (torch.randn(sizes, dtype=DTYPE) for sizes in (SHAPE, SHAPE, SHAPE[1:], SHAPE[1:]))
-    table = lambda ports: torch.zeros(ports, NUM_SLOTS, 8, dtype=torch.float64)  # noqa: E731
+    x, weight = torch.randn(SHAPE, dtype=DTYPE), torch.randn(SHAPE[1:], dtype=DTYPE)
+    ours = {**raw_calls.layer_norm(x), **raw_calls.gelu(x)}
 
-    def variants(op: str, args: tuple, eager: Callable[[int], Callable]) -> Calls:
-        return {
-            "PyTorch": eager(SHAPE[0]),
-            "PyTorch, no rows": eager(0),
-            "python": lambda index: python[op](*args),
-            "captured launches": lambda index: captured[op](*args),
+    def layer_norm(x: torch.Tensor) -> tuple[Callable, tuple]:
+        return ATEN.native_layer_norm.default, (x, SHAPE[1:], weight, weight, 1e-5)
+
+    def layer_norm_backward(x: torch.Tensor) -> tuple[Callable, tuple]:
+        forward, args = layer_norm(x)
+        return ATEN.native_layer_norm_backward.default, (x, x, SHAPE[1:], *forward(*args)[1:], weight, weight, [True] * 3)
+
+    eager = {
+        ("layer_norm", "forward"): layer_norm,
+        ("layer_norm", "backward"): layer_norm_backward,
+        ("gelu", "forward"): lambda x: (ATEN.gelu.default, (x,)),
+        ("gelu", "backward"): lambda x: (ATEN.gelu_backward.default, (x, x)),
+    }
+    for (op, direction), call_of in eager.items():
+        name = f"{op}_{'fwd' if direction == 'forward' else 'bwd'}"
+        calls = {
+            "PyTorch": call_of(x),
+            "PyTorch, no rows": call_of(x[:0]),
+            "python": (python[name], ours[name]),
+            "captured launches": (captured[name], ours[name]),
         }
-
-    def eager_layer_norm(rows: int) -> Callable:
-        return lambda index, x=x[:rows]: ATEN.native_layer_norm.default(x, SHAPE[1:], weight, bias, 1e-5)
-
-    def eager_layer_norm_backward(rows: int) -> Callable:
-        _, mean, rstd = ATEN.native_layer_norm.default(x[:rows], SHAPE[1:], weight, bias, 1e-5)
-        args = (dy[:rows], x[:rows], SHAPE[1:], mean, rstd, weight, bias, [True] * 3)
-        return lambda index: ATEN.native_layer_norm_backward.default(*args)
-
-    def eager_gelu(rows: int) -> Callable:
-        return lambda index, x=x[:rows]: ATEN.gelu.default(x)
-
-    def eager_gelu_backward(rows: int) -> Callable:
-        return lambda index, dy=dy[:rows], x=x[:rows]: ATEN.gelu_backward.default(dy, x)
-
-    mean, rstd = torch.zeros(SHAPE[0], 1), torch.ones(SHAPE[0], 1)
-    backward = (dy, x, mean, rstd, weight, bias, 1, [True] * 3, table(4))
-    yield "layer_norm", "forward", variants("layer_norm_fwd", (x, weight, bias, 1, 1e-5), eager_layer_norm)
-    yield "layer_norm", "backward", variants("layer_norm_bwd", backward, eager_layer_norm_backward)
-    yield "gelu", "forward", variants("gelu_fwd", (x, False), eager_gelu)
-    yield "gelu", "backward", variants("gelu_bwd", (dy, x, False, table(2)), eager_gelu_backward)
+        yield op, direction, {key: lambda index, op=op, args=args: op(*args) for key, (op, args) in calls.items()}
 
 
 def lines() -> Iterator[dict]:

@@ -1,4 +1,7 @@
-"""python -m benchmarks.run [--threads N] [op ...]: times the ops and writes benchmarks/results/<device>.jsonl."""
+"""python -m benchmarks.run [--device cpu|cuda] [--threads N] [op ...]: times the ops, writes benchmarks/results/<device>.jsonl.
+
+On a CPU, lines take the place of those of the same ops; on a GPU they are added, as by benchmarks/gpu.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import argparse
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -18,7 +20,9 @@ BASES = {"ratio_to_eager": "eager", "ratio_to_normal_values": "normal values"}
 
 def show(line: dict) -> None:
     """One figure on one line."""
-    what = f"{line['op']:<22}{line['implementation']:<24}{line['dtype']:<10}{'x'.join(map(str, line['shape'])):<11}"
+    what = f"{line['op']:<21} {line['implementation']:<24}{line['dtype']:<10}{'x'.join(map(str, line['shape'])):<11}"
+    if "launched" in line:
+        what += f"{line['direction']:<17}{line['launched']:<6}{line['microseconds']:>12.2f} us  "
     if "failed" in line:
         print(f"{what}FAILED: {line['failed']}", flush=True)
         return
@@ -37,24 +41,33 @@ def main() -> int:
     """Prints a line a figure. Exit code 1 if a variant failed its correctness gate."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=main.__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(MODULES)}; all of them if none is named")
+    parser.add_argument("--device", choices=harness.PROTOCOLS, default="cpu", help="where the ops run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads torch uses")
     arguments = parser.parse_args()
     if unknown := set(arguments.ops) - set(MODULES):
         parser.error(f"op must be one of {', '.join(MODULES)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
     lines, ops = [], set()
-    for name in arguments.ops or MODULES:
-        for line in lines_of(import_module(f"benchmarks.bench_{name}")):
-            show(line)
-            lines.append(line)
-            ops.add(line["op"])
-    print(f"written to {harness.write(lines, ops).name}")
+    for line in lines_of(arguments.ops or MODULES, device):
+        show(line)
+        lines.append(line)
+        ops.add(line["op"])
+        if device.type == "cuda":
+            harness.append({**line, **harness.environment(device)}, device)
+    path = harness.write(lines, ops) if device.type == "cpu" else harness.results_file(device)
+    print(f"written to {path.name}")
     return int(any("failed" in line for line in lines))
 
 
-def lines_of(module: ModuleType) -> Iterator[dict]:
-    """The result lines of a module: its own, or those of its cases."""
-    return module.lines() if hasattr(module, "lines") else (line for case in module.cases() for line in harness.measure(case))
+def lines_of(names: tuple[str, ...], device: torch.device) -> Iterator[dict]:
+    """The result lines of modules: those of their cases, or, on a CPU, their own."""
+    for module in (import_module(f"benchmarks.bench_{name}") for name in names):
+        if hasattr(module, "cases"):
+            for case in module.cases(device.type):
+                yield from harness.measure(case, device)
+        elif device.type == "cpu":
+            yield from module.lines()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """python -m benchmarks.table [--write]: the page docs/benchmarks.md, made from the committed result lines.
 
-First one row per op and dtype, with a column per machine; then all of each machine. With --write also the README's chart.
+First one row per op and dtype, with a column per machine; then all of each machine. With --write also the table of
+docs/launch_cache.md and the README's chart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, HOST_PAGE = DOCS / "benchmarks.md", DOCS / "launch_cache.md"
+HOST_MARKS = "<!-- host time -->", "<!-- end of host time -->"
+HOST_COLUMNS = {  # heading: what lines call it, older ones too
+    "Python": ("python",),
+    "launch cache": ("captured launches", "plan"),
+    "PyTorch's CPU op": ("PyTorch",),
+    "the same at no rows": ("PyTorch, no rows",),
+}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INTRODUCTION = """\
 <!-- Written by `python -m benchmarks.table --write`: change that, not this page. -->
@@ -215,12 +224,37 @@ def page() -> str:
     return "\n".join(text) + "\n"
 
 
+def host_rows(lines: list[dict]) -> list[str]:
+    """One row per op and direction: microseconds of the host's a call, as benchmarks/launch_cost.py measures them."""
+    groups = {}
+    for line in lines:
+        if line["op"].endswith(" host time"):
+            group = groups.setdefault(f"{line['op'].removesuffix(' host time')} {line['direction']}", {})
+            group[line["implementation"]] = line["microseconds"]["median"]
+    rows = []
+    for name, group in groups.items():
+        found = [next((group[word] for word in words if word in group), None) for words in HOST_COLUMNS.values()]
+        rows.append(f"| {name} | {' | '.join('-' if value is None else f'{value:.1f}' for value in found)} |")
+    return rows
+
+
+def host_page() -> str:
+    """The text of docs/launch_cache.md, with the table of the first machine that has lines for one; else as it is."""
+    text, (start, end) = HOST_PAGE.read_text(), HOST_MARKS
+    for name, lines in machines().items():
+        if rows := host_rows(lines):
+            body = [f"{name}:", *table(f"| op | {' | '.join(HOST_COLUMNS)} |", rows)]
+            return text.split(start)[0] + "\n".join([start, *body, end]) + text.split(end)[1]
+    return text
+
+
 def main(arguments: list[str]) -> None:
-    """Prints the page, or writes it and the chart."""
+    """Prints the page, or writes all that is made from the lines."""
     if arguments[:1] == ["--write"]:
         from benchmarks import chart
 
         PAGE.write_text(page())
+        HOST_PAGE.write_text(host_page())
         chart.main()
     else:
         print(page())
