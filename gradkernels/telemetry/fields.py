@@ -18,6 +18,7 @@ FIELDS = (
 )
 NUMEL = FIELDS.index("numel")
 OBSERVATIONS = FIELDS.index("observation_count")
+SQUARE_SUMS = slice(FIELDS.index("square_sum"), FIELDS.index("square_sum_huge") + 1)
 ABS_MAX = FIELDS.index("abs_max")
 NONFINITE = FIELDS.index("nonfinite_count")
 # float64 square sums: elements below and above these are squared times SCALE, or divided by it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -58,7 +59,8 @@ class Stack:
 class History:
     """A bounded run of snapshots, oldest first.
 
-    sites: by depth. stacks: along which gradients are compared. Both may become known, and better known, as a run goes on.
+    max_bytes, max_steps: how much of a run is kept. sites: by depth. stacks: along which gradients are compared. Both may become
+    known, and better known, as a run goes on.
     layers: the classes of the model's modules, for advice in the words of the net at hand.
     """
 
@@ -68,8 +70,10 @@ class History:
         stacks: Iterable[Stack] = (),
         max_bytes: int = MAX_BYTES,
         layers: tuple[str, ...] = (),
+        max_steps: int | None = None,
     ) -> None:
         self.sites, self.stacks, self.max_bytes, self.layers = list(sites), list(stacks), max_bytes, layers
+        self.max_steps = max_steps
         self.snapshots: deque[Snapshot] = deque()
         self._nbytes = 0
 
@@ -80,7 +84,7 @@ class History:
         """Adds a step; the oldest ones make room, but for this one."""
         self.snapshots.append(snapshot)
         self._nbytes += snapshot.nbytes
-        while self._nbytes > self.max_bytes and len(self.snapshots) > 1:
+        while len(self.snapshots) > 1 and (self._nbytes > self.max_bytes or len(self.snapshots) > (self.max_steps or math.inf)):
             self._nbytes -= self.snapshots.popleft().nbytes
 
     @property

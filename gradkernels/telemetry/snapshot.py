@@ -17,6 +17,8 @@ class Snapshot:
     step: counted from 1. loss: None where none was given. learning_rates: one for each parameter group of the optimizer, none
     without one. values: float64 (rows, len(FIELDS)), the rows of `History.sites`. time_values: by site, the tensor of
     `new_time_stats` of an LSTM's layer and direction as an array, (1 + steps, len(TIME_FIELDS)).
+    loss_scale: what a GradScaler had multiplied the loss by; values and time_values are divided by it. skipped: whether the
+    scaler has left the optimizer's step out, because a gradient was not finite.
     """
 
     step: int
@@ -24,6 +26,8 @@ class Snapshot:
     learning_rates: tuple[float, ...]
     values: np.ndarray
     time_values: dict[str, np.ndarray] = field(default_factory=dict)
+    loss_scale: float = 1.0
+    skipped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -38,6 +42,8 @@ class Snapshot:
             "loss": _to_json(self.loss),
             "lr": [_to_json(rate) for rate in self.learning_rates],
             "rows": [[int(row), *map(float, self.values[row])] for row in seen],
+            "scale": self.loss_scale,
+            "skipped": self.skipped,
             "time": {site: rows.tolist() for site, rows in self.time_values.items()},
         }
 
@@ -49,7 +55,7 @@ class Snapshot:
             values[row] = fields
         times = {site: np.asarray(rows, dtype=np.float64) for site, rows in line["time"].items()}
         rates = tuple(_from_json(rate) for rate in line["lr"])
-        return cls(line["step"], _from_json(line["loss"]), rates, values, times)
+        return cls(line["step"], _from_json(line["loss"]), rates, values, times, line["scale"], line["skipped"])
 
 
 def _to_json(value: float | None) -> float | str | None:
