@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -15,7 +16,7 @@ from gradkernels.diagnose import Finding, diagnose
 from gradkernels.nn import FusedModule
 from gradkernels.nn.fused_module import Hook, hooks_of
 from gradkernels.ops.probe import probe
-from gradkernels.telemetry import History, Record, SiteRows, Snapshot, TimeProfile
+from gradkernels.telemetry import History, Record, RunFile, SiteRows, Snapshot, TimeProfile, describe_run
 from gradkernels.watch.coverage import Coverage, coverage
 from gradkernels.watch.flow import Flow, hidden_state
 from gradkernels.watch.sites import LAYER, PROBE, RESIDUAL, Site, sites_of
@@ -25,9 +26,15 @@ from gradkernels.watch.tables import Tables, values_of
 MAX_UNREAD = 256  # finished steps kept where they were measured, before they become history
 
 
-def watch(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None) -> Watch:
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    sites: Sequence[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+) -> Watch:
     """A Watch on `model`, whose supported layers are fused ones from here on. See Watch."""
-    return Watch(model, optimizer, sites=sites)
+    return Watch(model, optimizer, sites=sites, run_dir=run_dir)
 
 
 class Watch:
@@ -37,15 +44,24 @@ class Watch:
     of each block, and of each layer that is in no block, once. Call it before torch.compile traces the model.
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
-    Raises TypeError where the model is no module or `sites` a string, ValueError where the optimizer holds none of the model's
-    parameters or a pattern matches nothing, RuntimeError where a part of the model is watched already or there is nothing to
-    measure in it.
+    run_dir: a directory, made where there is none, to whose new stats.jsonl the steps are appended as the host reads them, at
+    the latest when this Watch closes or the interpreter exits; `gk.History.load(run_dir)` reads it. Rank 0 alone writes. Where
+    it cannot be written there is one warning. See RunFile.
+    Raises TypeError where the model is no module, `sites` a string or `run_dir` no path, ValueError where the optimizer holds
+    none of the model's parameters, a pattern matches nothing or `run_dir` is a file, RuntimeError where a part of the model is
+    watched already or there is nothing to measure in it.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        sites: Sequence[str] | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         _check(model, optimizer, sites)
+        self._run_file = None if run_dir is None else RunFile(run_dir)
         self.model = convert(model)
         found = sites_of(model, sites)
         self._run = _Run(found)
@@ -53,7 +69,11 @@ class Watch:
         self._rates = _Rates(optimizer)
         self._unread: list[tuple] = []
         self._history = History(layers=tuple(sorted({type(module).__name__ for module in model.modules()})))
+        settings = {"sites": None if sites is None else list(sites)}
+        self._history.run = describe_run({**settings, "optimizer": None if optimizer is None else type(optimizer).__name__})
         self._describe()
+        if self._run_file is not None:  # what is unread when the Watch or the process ends is written
+            weakref.finalize(self, _read, self._unread, self._run.tables, self._history, self._run_file)
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
         self._end = weakref.finalize(self, _let_go, found, self._run.hooks, self._run.learning, self._rates.hooks)
         self._end.atexit = False
@@ -157,6 +177,8 @@ class Watch:
 
         A Watch that is no longer referred to closes itself.
         """
+        if self._run_file is not None:
+            self._read()
         self._end()
 
     def table(self, all: bool = False) -> str:
@@ -185,15 +207,7 @@ class Watch:
         self._history.stacks = stacks_of(self.sites, [self._run.number[site.module] for site in self.sites], self._run.flow)
 
     def _read(self) -> None:
-        if not self._unread:
-            return
-        self._run.tables.synchronize()
-        for step, loss, rates, taken, times in self._unread:
-            values = values_of(taken, self._run.tables.num_rows)
-            time_values = {name: rows.cpu().numpy() for name, rows in times}
-            loss = None if loss is None else float(loss)
-            self._history.append(Snapshot(step, loss, tuple(float(rate) for rate in rates), values, time_values))
-        self._unread.clear()
+        _read(self._unread, self._run.tables, self._history, self._run_file)
 
 
 class _Run:
@@ -310,6 +324,22 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Seq
 def _is_watched(module: nn.Module) -> bool:
     names = module.stats_names() if isinstance(module, FusedModule) else ()
     return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in ("on_forward", *names))
+
+
+def _read(unread: list[tuple], tables: Tables, history: History, run_file: RunFile | None) -> None:
+    """Makes finished steps history, and lines of the run's file."""
+    if not unread:
+        return
+    tables.synchronize()
+    while unread:
+        step, loss, rates, taken, times = unread[0]
+        values = values_of(taken, tables.num_rows)
+        time_values = {name: rows.cpu().numpy() for name, rows in times}
+        loss = None if loss is None else float(loss)
+        history.append(Snapshot(step, loss, tuple(float(rate) for rate in rates), values, time_values))
+        del unread[0]
+        if run_file is not None:
+            run_file.append(history)
 
 
 def _let_go(sites: list[Site], *handles: list[Any]) -> None:
