@@ -167,9 +167,9 @@ class History:
     def load(cls, path: str | Path, max_bytes: int = MAX_BYTES) -> History:
         """The history in a file of `write` or of `gk.watch(run_dir=...)`, or in the newest one of a directory.
 
-        max_bytes: of snapshots that are kept, the newest. A line that cannot be read (after a crash the last one), or whose step is
-        not above that before it, is left out and counted in `lines_left_out`. Raises FileNotFoundError where there is no such
-        file, or none in the directory, and ValueError where another version of the format wrote it.
+        max_bytes: of snapshots that are kept, the newest. A line that cannot be read (after a crash the last one), or whose
+        step is not above that before it, is left out and counted in `lines_left_out`. Raises FileNotFoundError where there is
+        no such file, or none in the directory, and ValueError where another version of the format wrote it.
         """
         history = cls(max_bytes=max_bytes)
         file_path = _file_at(Path(path))

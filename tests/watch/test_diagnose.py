@@ -184,15 +184,6 @@ def test_a_history_of_a_file_is_the_live_one(tmp_path):
     assert diagnose(read)
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", '{"step": 1}', '{"gradkernels": 99, "fields": []}'])
-def test_a_file_that_is_none(tmp_path, line):
-    path = tmp_path / "stats.jsonl"
-    history_of([decades(0.0, 0.0)]).write(path)
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=r"stats\.jsonl, line 3: expected a line of History\.write"):
-        gk.History.load(path)
-
-
 def test_a_history_is_bounded():
     history = history_of([decades(0.0, 0.0)])
     history.max_bytes = 10 * history.snapshots[0].nbytes
