@@ -10,6 +10,8 @@ import numpy as np
 from gradkernels.telemetry.fields import COUNTS, FIELDS, SPARSE, TIME_COUNTS, TIME_FIELDS
 
 DIGITS = 6  # of what is measured, in a file; counts are exact
+# What json.loads and from_json raise where a line is none of stats.jsonl.
+UNREADABLE = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Snapshot:
             "rows": {},
         }
         for name, column in zip(FIELDS, self.values.T, strict=True):
-            numbers = _numbers(column, name in COUNTS)
+            rows = np.flatnonzero(column)
             if name not in SPARSE:
-                line["rows"][name] = numbers
-            elif column.any():
-                line["rows"][name] = {str(row): numbers[row] for row in np.flatnonzero(column)}
+                line["rows"][name] = _numbers(column, name in COUNTS)
+            elif rows.size:
+                line["rows"][name] = dict(zip(map(str, rows.tolist()), _numbers(column[rows], name in COUNTS), strict=True))
         times = {site: _time_to_json(rows) for site, rows in self.time_values.items() if rows[0, 0]}
         return {**line, "time": times} if times else line
 
@@ -66,9 +68,6 @@ class Snapshot:
         times = {site: _time_from_json(fields) for site, fields in line.get("time", {}).items()}
         loss = None if line["loss"] is None else float(line["loss"])
         return cls(int(line["step"]), loss, tuple(float(rate) for rate in line["lr"]), values, times)
-
-
-UNREADABLE = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 def _time_to_json(rows: np.ndarray) -> dict:

@@ -328,9 +328,8 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _read(unread: list[tuple], tables: Tables, history: History, run_file: RunFile | None) -> None:
     """Makes finished steps history, and lines of the run's file."""
-    if not unread:
-        return
-    tables.synchronize()
+    if unread:
+        tables.synchronize()
     while unread:
         step, loss, rates, taken, times = unread[0]
         values = values_of(taken, tables.num_rows)
@@ -340,6 +339,8 @@ def _read(unread: list[tuple], tables: Tables, history: History, run_file: RunFi
         del unread[0]
         if run_file is not None:
             run_file.append(history)
+    if run_file is not None:  # what could not be written before
+        run_file.append(history)
 
 
 def _let_go(sites: list[Site], *handles: list[Any]) -> None:
