@@ -167,6 +167,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.undo()
     more(watch, 2)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    assert "\n\n" not in (tmp_path / "stats.jsonl").read_text()
 
 
 def test_what_memory_lost_while_the_disk_was_full_is_lost(tmp_path, monkeypatch):

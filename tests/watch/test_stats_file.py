@@ -62,6 +62,7 @@ def test_a_torn_line_with_whole_ones_behind_it(small):
         '{"step":3,"loss":1,"lr":[],"rows":ROWS}',
         '{"step":4,"loss":[],"lr":[],"rows":ROWS}',
         '{"step":4,"loss":1,"lr":[],"rows":MORE}',
+        '{"step":4,"loss":1,"lr":[],"rows":ONE}',
         '{"step":4,"loss":1,"lr":[],"rows":BEYOND}',
         '{"step":4,"loss":1,"lr":[],"rows":HUGE}',
         '{"step":4,"loss":1,"lr":[],"rows":ROWS,"time":{"lstm.l0":{}}}',
@@ -70,7 +71,12 @@ def test_a_torn_line_with_whole_ones_behind_it(small):
 def test_a_line_that_is_none_is_left_out(small, line):
     path, content, _ = small
     rows = json.loads(content.splitlines()[2])["rows"]
-    kinds = {"ROWS": rows, "MORE": {**rows, "abs_max": [1, 2, 3]}, "BEYOND": {**rows, "zero_count": {"2": 1}}}
+    kinds = {
+        "ROWS": rows,
+        "MORE": {**rows, "abs_max": [1, 2, 3]},
+        "ONE": {**rows, "numel": [1]},
+        "BEYOND": {**rows, "zero_count": {"2": 1}},
+    }
     for name, made in {**kinds, "HUGE": {**rows, "numel": [10**400, 1]}}.items():
         line = line.replace(name, json.dumps(made))
     path.write_bytes(
@@ -167,6 +173,7 @@ def test_time_profiles(tmp_path):
         watch.step()
     path = written(tmp_path, watch.history)
     read = gk.History.load(path)
+    assert {len(snapshot.time_values["0.l1"]) for snapshot in read.snapshots} == {1 + 7}
     live = watch.history.time_profiles()
     assert [(profile.site, profile.steps) for profile in read.time_profiles()] == [("0.l0", 7), ("0.l1", 7)]
     for ours, theirs in zip(live, read.time_profiles(), strict=True):
