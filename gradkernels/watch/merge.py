@@ -38,14 +38,15 @@ class Batch:
 
 def group_of(process_group: Group) -> Group:
     """The group to merge over: the one given, else the default one; None where there is none, or this process is alone."""
-    if process_group is None and dist.is_available() and dist.is_initialized():
-        process_group = dist.group.WORLD
-    return process_group if process_group is not None and dist.get_world_size(process_group) > 1 else None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def check_group(process_group: Group) -> None:
     """Raises ValueError unless this process is in the group."""
-    if process_group is not None and dist.get_rank(process_group) < 0:
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER or (process_group and dist.get_rank(process_group) < 0):
         raise ValueError(f"watch: process_group must hold this process, rank {dist.get_rank()}, got a group without it")
 
 

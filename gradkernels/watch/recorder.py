@@ -39,7 +39,8 @@ class Recorder:
     ) -> None:
         self.tables, self.log_every = tables, log_every
         self.finished = self.num_logs = 0
-        self._keep, self._group = keep, process_group
+        self._keep, self._group, self._merged = keep, process_group, False
+        self._checked = False  # whether all processes watch the same sites
         self._ended: list[Ended] = []
         self._logged: list[tuple[list[Ended], Batch | None, torch.cuda.Event | None]] = []
 
@@ -62,14 +63,15 @@ class Recorder:
         if not self._ended:
             return
         steps, self._ended = self._ended, []
-        group = group_of(self._group)
+        group = self._merging()
         if group is None and all(step.taken.plain for step in steps):
             self._logged.append((steps, None, None))
         else:
             batch = self._batch(steps)
             batch.divide(batch.scalars[:, 1].clone())
             if group is not None:
-                if self.num_logs == 1:
+                if not self._checked:
+                    self._checked = True
                     check_same_sites([site.name for site in self.tables.sites], batch.values.device, group)
                 batch = merge(batch, group)
             self._logged.append((steps, *_to_host(batch)))
@@ -81,9 +83,21 @@ class Recorder:
         for taken in self.tables.replayed():
             self.finished += 1
             self._ended.append(Ended(self.finished, False, (), taken))
-        if group_of(self._group) is None:
+        if self._merging() is None and not self._merged:
             self.log()
         self._settle()
+
+    def close(self) -> None:
+        """Logs what has ended. In a group, every process must call it at the same time; where it is gone, nothing is logged."""
+        if self._merging() is not None or not self._merged:
+            self.log()
+        self._settle()
+
+    def _merging(self) -> dist.ProcessGroup | None:
+        """The group to merge over, which may be there later than the Watch."""
+        group = group_of(self._group)
+        self._merged = self._merged or group is not None
+        return group
 
     def _batch(self, steps: list[Ended]) -> Batch:
         """The values of steps on the device of the first table."""

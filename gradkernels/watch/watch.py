@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -17,7 +19,7 @@ from gradkernels.diagnose import Finding, diagnose
 from gradkernels.nn import FusedModule
 from gradkernels.nn.fused_module import Hook, hooks_of
 from gradkernels.ops.probe import probe
-from gradkernels.telemetry import History, Record, SiteRows, TimeProfile
+from gradkernels.telemetry import History, Record, RunFile, SiteRows, Snapshot, TimeProfile, describe_run
 from gradkernels.watch.coverage import Coverage, coverage
 from gradkernels.watch.desync import desynced
 from gradkernels.watch.flow import Flow, hidden_state
@@ -35,6 +37,7 @@ def watch(
     scaler: torch.amp.GradScaler | None = None,
     *,
     sites: Sequence[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     history: int = 1024,
     log_every: int = 10,
     process_group: dist.ProcessGroup | None = None,
@@ -42,7 +45,7 @@ def watch(
 ) -> Watch:
     """A Watch on `model`, whose supported layers are fused ones from here on. See Watch."""
     options = {"history": history, "log_every": log_every, "process_group": process_group, "desync_every": desync_every}
-    return Watch(model, optimizer, scaler, sites=sites, **options)
+    return Watch(model, optimizer, scaler, sites=sites, run_dir=run_dir, **options)
 
 
 class Watch:
@@ -53,13 +56,17 @@ class Watch:
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
     scaler: the GradScaler that steps the optimizer: what is read is divided by its scale, and steps it skips are marked.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
+    run_dir: a directory, made where there is none, to whose new stats.jsonl the steps are appended as they are logged, at the
+    latest when this Watch closes or the interpreter exits; `gk.History.load(run_dir)` reads it. Rank 0 alone writes. Where it
+    cannot be written there is one warning. See RunFile.
     history: how many steps are kept. log_every: every so many steps those that have ended go to the host, and are merged over
     the processes of `process_group` (None: the default group of torch.distributed, where there is one), each of which trains
     the same modules and calls `step` as often; what is read is then of the loss averaged over them.
     desync_every: every so many times that steps are logged, `desync` is called, and warns; 0: never.
-    Raises TypeError where the model is no module, the scaler no GradScaler or `sites` a string, ValueError where the optimizer
-    holds none of the model's parameters, a pattern matches nothing, a number is out of range or this process is not in the
-    group, RuntimeError where a part of the model is watched already or there is nothing to measure in it.
+    Raises TypeError where the model is no module, the scaler no GradScaler, `sites` a string or `run_dir` no path, ValueError
+    where the optimizer holds none of the model's parameters, a pattern matches nothing, `run_dir` is a file, a number is out of
+    range or this process is not in the group, RuntimeError where a part of the model is watched already or there is nothing to
+    measure in it.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Watch:
         scaler: torch.amp.GradScaler | None = None,
         *,
         sites: Sequence[str] | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
         history: int = 1024,
         log_every: int = 10,
         process_group: dist.ProcessGroup | None = None,
@@ -78,6 +86,7 @@ class Watch:
         _check_numbers(history, log_every, desync_every)
         check_group(process_group)
         self._scaling = LossScale(scaler, optimizer)
+        run_file = None if run_dir is None else RunFile(run_dir)
         self.model = convert(model)
         found = sites_of(model, sites)
         self._run = _Run(found, history)
@@ -85,9 +94,14 @@ class Watch:
         self._rates = Rates(optimizer)
         layers = tuple(sorted({type(module).__name__ for module in model.modules()}))
         self._history = History(layers=layers, max_steps=history)
-        self._recorder = Recorder(self._run.tables, self._history.append, log_every, process_group)
+        settings = {"sites": None if sites is None else list(sites), "history": history, "log_every": log_every}
+        settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__}
+        self._history.run = describe_run({**settings, "scaler": None if scaler is None else type(scaler).__name__})
+        self._recorder = Recorder(self._run.tables, partial(_keep, self._history, run_file), log_every, process_group)
         self._desync_every, self._group = desync_every, process_group
         self._describe()
+        if run_file is not None:  # what is unread when the Watch or the process ends is written
+            weakref.finalize(self, self._recorder.read)
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
         handles = (self._run.hooks, self._run.learning, self._rates.hooks, self._scaling.hooks)
         self._end = weakref.finalize(self, _let_go, found, *handles)
@@ -202,7 +216,7 @@ class Watch:
         no longer referred to closes itself, without that.
         """
         if self._end.alive:
-            self._recorder.log()
+            self._recorder.close()
         self._end()
 
     def table(self, all: bool = False) -> str:
@@ -342,6 +356,13 @@ def _check_numbers(history: int, log_every: int, desync_every: int) -> None:
 def _is_watched(module: nn.Module) -> bool:
     names = module.stats_names() if isinstance(module, FusedModule) else ()
     return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in ("on_forward", *names))
+
+
+def _keep(history: History, run_file: RunFile | None, snapshot: Snapshot) -> None:
+    """A finished step becomes history, and a line of the run's file."""
+    history.append(snapshot)
+    if run_file is not None:
+        run_file.append(history)
 
 
 def _let_go(sites: list[Site], *handles: list[Any]) -> None:
