@@ -27,7 +27,7 @@ class Ended:
 
 
 class Recorder:
-    """Ends steps without waiting, and hands them to `keep` as Snapshots, in their order.
+    """Ends steps without waiting, and hands them to `keep` as Snapshots, in their order; none of them where it only is read.
 
     Every `log_every` steps those that have ended are logged: divided by their loss scale, merged over the processes of a group,
     and copied to the host, all of it enqueued; `read` waits for them. In a group only logged steps are read, for merging is
@@ -35,7 +35,7 @@ class Recorder:
     """
 
     def __init__(
-        self, tables: Tables, keep: Callable[[Snapshot], None], log_every: int, process_group: dist.ProcessGroup | None
+        self, tables: Tables, keep: Callable[[list[Snapshot]], None], log_every: int, process_group: dist.ProcessGroup | None
     ) -> None:
         self.tables, self.log_every = tables, log_every
         self.finished = self.num_logs = 0
@@ -57,13 +57,16 @@ class Recorder:
         return True
 
     def log(self) -> None:
-        """Logs the steps that have ended. In a group, every process must call it at the same time."""
+        """Logs the steps that have ended. In a group, every process must call it at the same time.
+
+        Where the group is gone, nobody can be asked for the other parts of these steps: they are left out.
+        """
         self._settle()
         self.num_logs += 1
-        if not self._ended:
-            return
         steps, self._ended = self._ended, []
         group = self._merging()
+        if not steps or (group is None and self._merged):
+            return
         if group is None and all(step.taken.plain for step in steps):
             self._logged.append((steps, None, None))
         else:
@@ -83,15 +86,10 @@ class Recorder:
         for taken in self.tables.replayed():
             self.finished += 1
             self._ended.append(Ended(self.finished, False, (), taken))
-        if self._merging() is None and not self._merged:
+        if self._merging() is None:
             self.log()
         self._settle()
-
-    def close(self) -> None:
-        """Logs what has ended. In a group, every process must call it at the same time; where it is gone, nothing is logged."""
-        if self._merging() is not None or not self._merged:
-            self.log()
-        self._settle()
+        self._keep([])
 
     def _merging(self) -> dist.ProcessGroup | None:
         """The group to merge over, which may be there later than the Watch."""
@@ -123,8 +121,7 @@ class Recorder:
         for steps, batch, copied in logged:
             if copied is not None:
                 copied.synchronize()
-            for index, step in enumerate(steps):
-                self._keep(self._snapshot(step, batch, index))
+            self._keep([self._snapshot(step, batch, index) for index, step in enumerate(steps)])
 
     def _snapshot(self, step: Ended, batch: Batch | None, index: int) -> Snapshot:
         taken = step.taken

@@ -216,7 +216,8 @@ class Watch:
         no longer referred to closes itself, without that.
         """
         if self._end.alive:
-            self._recorder.close()
+            self._recorder.log()
+            self._recorder.read()
         self._end()
 
     def table(self, all: bool = False) -> str:
@@ -358,9 +359,12 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in ("on_forward", *names))
 
 
-def _keep(history: History, run_file: RunFile | None, snapshot: Snapshot) -> None:
-    """A finished step becomes history, and a line of the run's file."""
-    history.append(snapshot)
+def _keep(history: History, run_file: RunFile | None, snapshots: list[Snapshot]) -> None:
+    """Finished steps become history, and lines of the run's file, with what could not be written there before."""
+    for snapshot in snapshots:
+        history.append(snapshot)
+        if run_file is not None:
+            run_file.append(history)
     if run_file is not None:
         run_file.append(history)
 
