@@ -23,6 +23,7 @@ from gradkernels.implementations import implementations
 from gradkernels.library import ArgumentError, import_after
 from gradkernels.nn import GELU, LSTM, AddLayerNorm, LayerNorm, LSTMCell, Residual
 from gradkernels.telemetry import FIELDS, TIME_FIELDS, History, Record, TimeProfile, new_stats, new_time_stats
+from gradkernels.version import __version__
 from gradkernels.watch import Coverage, Watch, watch
 
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
@@ -30,7 +31,6 @@ if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("trito
 
 import_after("torch.distributed.tensor", "gradkernels.sharding")
 
-__version__ = "0.1.0"
 __all__ = [
     "FIELDS",
     "GELU",
@@ -48,6 +48,7 @@ __all__ = [
     "Severity",
     "TimeProfile",
     "Watch",
+    "__version__",
     "add_layer_norm",
     "convert",
     "diagnose",

@@ -56,7 +56,8 @@ def profiles(history: History) -> list[Profile]:
 def _gather(history: History, sites: list[SiteRows]) -> tuple[np.ndarray, np.ndarray]:
     """Root mean square (NaN: no gradient, or none that is finite) and elements per backward call: (steps, sites) each."""
     rows = np.stack([history.rows(site) for site in sites], 1)
-    broken, observations = rows[..., NONFINITE] > 0, rows[..., OBSERVATIONS]
+    skipped = np.array([snapshot.skipped for snapshot in history.snapshots], dtype=bool)[:, None]
+    broken, observations = (rows[..., NONFINITE] > 0) | skipped, rows[..., OBSERVATIONS]
     seen = observations > 0
     size = np.divide(rows[..., NUMEL], observations, out=np.full(seen.shape, np.nan), where=seen)
     return np.where(seen & ~broken, norms_of(rows, rms=True), np.nan), size

@@ -20,8 +20,11 @@ ADVICE = (
 
 
 def nonfinite(history: History) -> list[Finding]:
-    """The steps with gradients that are not finite up to the last step, or the last ones that have passed."""
-    bad = np.array([snapshot.values[:, NONFINITE].sum() for snapshot in history.snapshots])
+    """The steps with gradients that are not finite up to the last step, or the last ones that have passed.
+
+    Not those that a GradScaler has skipped: a scale that is too large is what it looks for.
+    """
+    bad = np.array([not snapshot.skipped and snapshot.values[:, NONFINITE].sum() for snapshot in history.snapshots])
     if not bad.any():
         return []
     last = int(np.flatnonzero(bad)[-1])

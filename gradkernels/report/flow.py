@@ -12,7 +12,7 @@ import numpy as np
 from gradkernels.diagnose import Finding
 from gradkernels.diagnose.depth import ZERO, Profile, profiles
 from gradkernels.report.labels import short_name
-from gradkernels.report.terminal import summary
+from gradkernels.report.terminal import left_out, summary
 from gradkernels.telemetry import History
 
 DECADES = 4.0  # the colours span -DECADES to +DECADES, always
@@ -59,7 +59,7 @@ def draw_flow(figure: object, axes: object, history: History, findings: Sequence
         _colour_bar(figure, axes, image)
     _name_axes(axes, names, steps)
     _explain_extremes(axes, rows)
-    title = summary(history, findings)[0]
+    title = " ".join([summary(history, findings)[0], *left_out(history)])
     axes.set_title("\n".join(textwrap.wrap(title, 110 if colour_bar else 60)), fontsize=11, loc="left", parse_math=False)
 
 

@@ -35,17 +35,25 @@ def summary(history: History, findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
+def left_out(history: History) -> list[str]:
+    """A line that says how many lines of the history's file could not be read; none where all could."""
+    count = history.lines_left_out
+    return [
+        f"{count} line{'s' * (count != 1)} of the file could not be read and {'was' if count == 1 else 'were'} left out."
+    ] * bool(count)
+
+
 def table(history: History, findings: Sequence[Finding], *, all: bool = False) -> str:
     """The last finished step of a history: a summary, then a line a site, with all=False of many alike a few."""
     if not history.snapshots:
-        return "gradkernels: no finished step yet: call watch.step() after optimizer.step()"
+        return "\n".join(["gradkernels: no finished step yet: call watch.step() after optimizer.step()", *left_out(history)])
     snapshot = history.snapshots[-1]
     head = f"step {snapshot.step}"
     if snapshot.loss is not None:
         head += f", loss {snapshot.loss:.4f}"
     if snapshot.learning_rates:
         head += ", lr " + " ".join(f"{rate:.2e}" for rate in dict.fromkeys(snapshot.learning_rates))
-    text = [head, *summary(history, findings)]
+    text = [head, *summary(history, findings), *left_out(history)]
     rows = _rows(history)
     if not rows:
         text.append("This step measured nothing: no backward pass reached a site.")

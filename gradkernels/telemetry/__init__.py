@@ -4,6 +4,7 @@ from gradkernels.telemetry.fields import ABS_MAX, FIELDS, NUM_NORMS, NUM_SLOTS, 
 from gradkernels.telemetry.history import History, SiteRows, Stack
 from gradkernels.telemetry.measure import measure_reference, measure_steps_reference, with_stats, without_graph
 from gradkernels.telemetry.records import Record, record_of
+from gradkernels.telemetry.run_file import RunFile, describe_run
 from gradkernels.telemetry.snapshot import Snapshot
 from gradkernels.telemetry.tables import (
     LOCK,
@@ -28,12 +29,14 @@ __all__ = [
     "TIME_FIELDS",
     "History",
     "Record",
+    "RunFile",
     "SiteRows",
     "Snapshot",
     "Stack",
     "TimeProfile",
     "check_stats",
     "check_time_stats",
+    "describe_run",
     "make_room",
     "measure_reference",
     "measure_steps_reference",

@@ -18,8 +18,11 @@ FIELDS = (
 )
 NUMEL = FIELDS.index("numel")
 OBSERVATIONS = FIELDS.index("observation_count")
+SQUARE_SUMS = slice(FIELDS.index("square_sum"), FIELDS.index("square_sum_huge") + 1)
 ABS_MAX = FIELDS.index("abs_max")
 NONFINITE = FIELDS.index("nonfinite_count")
+COUNTS = ("numel", "observation_count", "nonfinite_count", "zero_count")  # whole numbers
+SPARSE = ("square_sum_tiny", "square_sum_huge", "nonfinite_count", "zero_count")  # 0 in most rows
 # float64 square sums: elements below and above these are squared times SCALE, or divided by it.
 SMALLEST_SQUARED, LARGEST_SQUARED, SCALE = 2.0**-480, 2.0**480, 2.0**537
 NUM_SLOTS = 1024  # of a row on a GPU, one for each program that may run: four an SM and more
@@ -38,6 +41,7 @@ TIME_FIELDS = (  # of one time step of one direction of an LSTM layer; norms mer
     "forget_sum",  # sum of f
 )
 NUM_NORMS = TIME_FIELDS.index("gate_count")  # they come first
+TIME_COUNTS = TIME_FIELDS[NUM_NORMS : TIME_FIELDS.index("forget_sum")]
 LOW_GATE, HIGH_GATE = 0.1, 0.9  # a gate below, above: saturated
 # A gradient on its way back through time: magnitudes from 2^-EXPONENT_RANGE to 2^EXPONENT_RANGE are carried as they are;
 # MAX_EXPONENT is that of a scale in which what comes from outside can still be represented.

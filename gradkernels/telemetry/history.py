@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 
 from gradkernels.telemetry.fields import FIELDS, OBSERVATIONS
 from gradkernels.telemetry.records import Record, norms_of, record_of
-from gradkernels.telemetry.snapshot import Snapshot
+from gradkernels.telemetry.snapshot import UNREADABLE, Snapshot
 from gradkernels.telemetry.time_profile import TimeProfile, profile_of
 
 MAX_BYTES = 64 * 2**20  # of snapshots that are kept; the oldest go first
-FORMAT = 1
+FORMAT = 2
+VERSION = [FORMAT, [*FIELDS]]  # of a file
+FILE = re.compile(r"stats(?:-([2-9]|[1-9][0-9]+))?\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ class Stack:
 class History:
     """A bounded run of snapshots, oldest first.
 
-    sites: by depth. stacks: along which gradients are compared. Both may become known, and better known, as a run goes on.
-    layers: the classes of the model's modules, for advice in the words of the net at hand.
+    max_bytes, max_steps: how much of a run is kept. sites: by depth. stacks: along which gradients are compared. Both may
+    become known, and better known, as a run goes on.
+    layers: the classes of the model's modules, for advice in the words of the net at hand. run: versions, start, world size and
+    settings of a run, {} where nobody said. lines_left_out: of the file it was loaded from, those that could not be read.
     """
 
     def __init__(
@@ -68,10 +74,15 @@ class History:
         stacks: Iterable[Stack] = (),
         max_bytes: int = MAX_BYTES,
         layers: tuple[str, ...] = (),
+        max_steps: int | None = None,
     ) -> None:
         self.sites, self.stacks, self.max_bytes, self.layers = list(sites), list(stacks), max_bytes, layers
+        self.max_steps = max_steps
         self.snapshots: deque[Snapshot] = deque()
+        self.run: dict[str, Any] = {}
+        self.lines_left_out = 0
         self._nbytes = 0
+        self._num_rows = 0  # of a snapshot in the file that is loaded
 
     def __len__(self) -> int:
         return len(self.snapshots)
@@ -80,7 +91,7 @@ class History:
         """Adds a step; the oldest ones make room, but for this one."""
         self.snapshots.append(snapshot)
         self._nbytes += snapshot.nbytes
-        while self._nbytes > self.max_bytes and len(self.snapshots) > 1:
+        while len(self.snapshots) > 1 and (self._nbytes > self.max_bytes or len(self.snapshots) > (self.max_steps or math.inf)):
             self._nbytes -= self.snapshots.popleft().nbytes
 
     @property
@@ -142,48 +153,88 @@ class History:
     def header(self) -> str:
         """The first line of stats.jsonl: what the rows are. Another one may follow, where more became known."""
         sites, stacks = ([asdict(item) for item in items] for items in (self.sites, self.stacks))
-        head = {"gradkernels": FORMAT, "fields": FIELDS, "layers": self.layers, "sites": sites, "stacks": stacks}
-        return json.dumps(head)
+        known = {"run": self.run, "layers": self.layers, "sites": sites, "stacks": stacks}
+        return to_line({"format": FORMAT, "fields": FIELDS, **known})
 
     def lines(self) -> Iterator[str]:
         """The lines of stats.jsonl."""
         yield self.header()
         for snapshot in self.snapshots:
-            yield line_of(snapshot)
+            yield to_line(snapshot.to_json())
 
     def write(self, path: str | Path) -> None:
-        """A file that `History.read` gives this history back from: JSON, a line a step."""
+        """A file that `History.load` gives this history back from, measured numbers to six digits: JSON, a line a step."""
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in self.lines())
 
     @classmethod
-    def read(cls, path: str | Path | TextIO, max_bytes: int = MAX_BYTES) -> History:
-        """The history in a file of `write`. Raises ValueError with the number of the line that is not one of it."""
-        if isinstance(path, str | Path):
-            with open(path, encoding="utf-8") as file:
-                return cls.read(file, max_bytes)
+    def load(cls, path: str | Path, max_bytes: int = MAX_BYTES) -> History:
+        """The history in a file of `write` or of `gk.watch(run_dir=...)`, or in the newest one of a directory.
+
+        max_bytes: of snapshots that are kept, the newest. A line that cannot be read (after a crash the last one), or whose
+        step is not above that before it, is left out and counted in `lines_left_out`. Raises FileNotFoundError where there is
+        no such file, or none in the directory, and ValueError where another version of the format wrote it.
+        """
         history = cls(max_bytes=max_bytes)
-        for number, text in enumerate(path, 1):
-            try:
-                line = json.loads(text)
-                if "gradkernels" in line:
-                    history._read_header(line)
-                else:
-                    rows = max((site.first + len(site.ports) for site in history.sites), default=0)
-                    history.append(Snapshot.from_json(line, rows))
-            except (KeyError, TypeError, IndexError, ValueError) as error:
-                raise ValueError(f"stats.jsonl, line {number}: expected a line of History.write, got {text[:60]!r}") from error
+        file_path = _file_at(Path(path))
+        with open(file_path, encoding="utf-8", errors="replace", newline="\n") as file:
+            for text in file:
+                if text.isspace():
+                    continue
+                line = _object_in(text)
+                version = [line.get("format", FORMAT), line.get("fields", [*FIELDS])]
+                if version != VERSION:
+                    raise ValueError(f"load: {file_path} must be of format and fields {VERSION}, got {version}")
+                try:
+                    history._take(line)
+                except UNREADABLE:
+                    history.lines_left_out += 1
         return history
 
-    def _read_header(self, line: dict) -> None:
-        if line["gradkernels"] != FORMAT or tuple(line["fields"]) != FIELDS:
-            raise ValueError("another version of the format")
-        self.sites = [SiteRows(**{**site, "ports": tuple(site["ports"])}) for site in line["sites"]]
-        self.layers = tuple(line["layers"])
+    def _take(self, line: dict) -> None:
+        """What a line of the file says. Raises one of UNREADABLE, and is then what it was."""
+        if "format" not in line:
+            snapshot = Snapshot.from_json(line, self._num_rows)
+            if self.snapshots and snapshot.step <= self.snapshots[-1].step:
+                raise ValueError("steps go up")
+            self.append(snapshot)
+            return
+        sites = [SiteRows(**{**site, "ports": tuple(site["ports"])}) for site in line["sites"]]
         tuples = ("sites", "bypassed")
-        self.stacks = [Stack(**{**stack, **{name: tuple(stack[name]) for name in tuples}}) for stack in line["stacks"]]
+        stacks = [Stack(**{**stack, **{name: tuple(stack[name]) for name in tuples}}) for stack in line["stacks"]]
+        self.sites, self.stacks, self.layers, self.run = sites, stacks, tuple(line["layers"]), dict(line["run"])
+        self._num_rows = max((site.first + len(site.ports) for site in sites), default=0)
 
 
-def line_of(snapshot: Snapshot) -> str:
-    """A line of stats.jsonl."""
-    return json.dumps(snapshot.to_json())
+def to_line(content: dict) -> str:
+    """A line of stats.jsonl, without its end."""
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _object_in(text: str) -> dict:
+    """The JSON object that a line is, {} where it is none."""
+    try:
+        line = json.loads(text)
+    except UNREADABLE:
+        return {}
+    return line if isinstance(line, dict) else {}
+
+
+def numbered_files(folder: Path) -> dict[int, Path]:
+    """The stats.jsonl (1), stats-2.jsonl (2), ... of a directory, the oldest first. Raises OSError where it cannot be read."""
+    found = {}
+    for path in folder.iterdir():
+        match = FILE.fullmatch(path.name)
+        if match is not None:
+            found[int(match[1] or 1)] = path
+    return dict(sorted(found.items()))
+
+
+def _file_at(path: Path) -> Path:
+    """The path itself, or the newest file in the directory that it is."""
+    if not path.is_dir():
+        return path
+    files = numbered_files(path)
+    if not files:
+        raise FileNotFoundError(f"load: path must be a file, or a directory with a stats.jsonl in it, got {str(path)!r}")
+    return files[max(files)]

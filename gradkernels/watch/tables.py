@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from gradkernels.nn import LSTM
-from gradkernels.telemetry import ABS_MAX, FIELDS, new_stats, new_time_stats, take_rows, take_steps
+from gradkernels.telemetry import ABS_MAX, FIELDS, merge_slots, new_stats, new_time_stats, take_rows, take_steps
+from gradkernels.watch.ring import Ring, Scalar
 from gradkernels.watch.sites import Site, device_of
 
 TIME_STEPS = 256  # for which an LSTM has room before its first call
@@ -18,11 +19,29 @@ BLOCK_BYTES, BLOCK_STEPS = 4 * 2**20, 128  # of the memory that steps are cut fr
 Taken = list[tuple[list[int], torch.Tensor]]  # rows, and which of all rows they are
 
 
+@dataclass
+class TakenStep:
+    """What one step measured. times: a table for each LSTM direction. scalars: see ABSENT; a tensor where they were in a ring.
+
+    plain: all of it is on a CPU, and nothing is scaled.
+    """
+
+    rows: Taken
+    times: list[torch.Tensor]
+    scalars: torch.Tensor | tuple[Scalar, ...]
+    plain: bool
+
+
+def has_ring(table: torch.Tensor) -> bool:
+    """Whether the steps of a table wait on its device."""
+    return not table.is_cpu and not table.is_meta
+
+
 class Tables:
     """Where sites write. `first[site]` is the row of its first port among those of all sites."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = list(sites)
+    def __init__(self, sites: Sequence[Site], num_steps: int) -> None:
+        self.sites, self.num_steps = list(sites), num_steps
         self.first: dict[Site, int] = {}
         self.num_rows = 0
         for site in self.sites:
@@ -31,12 +50,15 @@ class Tables:
         self._timed = [site for site in self.sites if isinstance(site.module, LSTM)]
         self._left: Taken = []  # by tables that a model has moved away from, since the last take
         self._tables: list[tuple[list[int], torch.Tensor]] = []
+        self._rings: list[tuple[list[int], list[Site], Ring]] = []  # of those that are not on a CPU, with their LSTMs
         self.measuring = True
         self._allocate()
 
     def _allocate(self) -> None:
-        self._left += self._take()
-        self._tables = []
+        self._left += self._take_on_cpu()
+        for of_rows, _, ring in self._rings:
+            self._left.append((of_rows, merge_slots(ring.table).cpu()))
+        self._tables, self._rings = [], []
         self._room: list[torch.Tensor] = []  # for the rows of coming steps, on a CPU
         for device in dict.fromkeys(site.device for site in self.sites):
             sites = [site for site in self.sites if site.device == device]
@@ -50,8 +72,17 @@ class Tables:
         for site in self._timed:
             if site.time_stats is None or site.time_stats.device != site.device:
                 site.time_stats = new_time_stats(TIME_STEPS, site.device)
+        for rows, table in self._tables:
+            if has_ring(table):
+                lstms = [site for site in self._timed if site.time_stats.device == table.device]
+                self._rings.append((rows, lstms, Ring(self.num_steps, table, [site.time_stats for site in lstms])))
         if self.measuring:
             self.resume()
+
+    @property
+    def timed(self) -> list[str]:
+        """The sites that have time steps, in the order of TakenStep.times."""
+        return [site.name for site in self._timed]
 
     def pause(self) -> None:
         """No site measures."""
@@ -76,22 +107,49 @@ class Tables:
                 site.device = device
         self._allocate()
 
-    def take(self) -> tuple[Taken, list[tuple[str, torch.Tensor]]]:
-        """What was measured since the last call, and from zero again; nothing waits for a device."""
-        taken, self._left = self._left + self._take(), []
-        return taken, [(site.name, take_steps(site.time_stats)) for site in self._timed if not site.time_stats.is_meta]
+    def take(self, scalars: Sequence[Scalar]) -> TakenStep | None:
+        """Ends a step: what was measured since the last call, and from zero again; nothing waits for a device.
 
-    def _take(self) -> Taken:
+        scalars: see ABSENT; None where there is none. None while a CUDA graph is captured: nothing runs, replays end steps.
+        """
+        rows, self._left = self._left + self._take_on_cpu(), []
+        times = {site: take_steps(site.time_stats) for site in self._timed if site.time_stats.is_cpu}
+        if not self._rings:
+            plain = all(value is None for value in scalars[1:])
+            return TakenStep(rows, self._in_order(times), tuple(_kept(value) for value in scalars), plain)
+        if not all([ring.put(scalars) for _, _, ring in self._rings]):
+            return None
+        return self._in_rings(self._rings[0][2].ended - 1, rows, times)
+
+    def replayed(self) -> Iterator[TakenStep]:
+        """The steps that replays of a captured graph have ended since the last call, less the overwritten. Waits."""
+        rings = [ring for _, _, ring in self._rings]
+        count = min((int(ring.count) for ring in rings), default=0)
+        first = max([0, count - self.num_steps, *(ring.ended for ring in rings[:1])])
+        for step in range(first, count):
+            yield self._in_rings(step, [], {})
+        for ring in rings:
+            ring.ended = count
+
+    def _in_rings(self, step: int, rows: Taken, times: dict[Site, torch.Tensor]) -> TakenStep:
+        """A step that lies in rings, with what lies on a CPU."""
+        scalars = None
+        for of_rows, sites, ring in self._rings:
+            values, time_steps, scalars = ring.step(step)
+            rows.append((of_rows, values))
+            times.update(zip(sites, time_steps, strict=True))
+        return TakenStep(rows, self._in_order(times), scalars, False)
+
+    def _in_order(self, times: dict[Site, torch.Tensor]) -> list[torch.Tensor]:
+        return [times[site] if site in times else new_time_stats(0) for site in self._timed]
+
+    def _take_on_cpu(self) -> Taken:
         taken = []
         for rows, table in self._tables:
             if table.is_cpu:
                 own = self._room.pop() if self._room else self._make_room(len(rows))
                 take_rows(table, own)
                 taken.append((rows, own))
-            elif not table.is_meta:
-                own = table.new_empty(len(rows), len(FIELDS))
-                take_rows(table, own)
-                taken.append((rows, own.to("cpu", non_blocking=True)))
         return taken
 
     def _make_room(self, num_rows: int) -> torch.Tensor:
@@ -101,21 +159,22 @@ class Tables:
             self._room = list(torch.from_numpy(np.empty((steps, num_rows, len(FIELDS)))).unbind())
         return self._room.pop()
 
-    def synchronize(self) -> None:
-        """Waits until the copies that `take` has begun are there."""
-        for _, table in self._tables:
-            if table.is_cuda:
-                torch.cuda.synchronize(table.device)
+
+def _kept(value: Scalar) -> Scalar:
+    """A number that may be written over later, as it is now."""
+    return value.detach().to("cpu", non_blocking=True, copy=True) if isinstance(value, torch.Tensor) else value
 
 
-def values_of(taken: Taken, num_rows: int) -> np.ndarray:
-    """What `Tables.take` took as one array (num_rows, len(FIELDS)): rows merge by + and max."""
+def values_of(taken: Taken, num_rows: int) -> torch.Tensor:
+    """The rows of a step, as `Tables.take` took them, as one tensor (num_rows, len(FIELDS)): they merge by + and max."""
     if len(taken) == 1 and len(taken[0][0]) == num_rows:  # one table holds them all, in their order
-        return taken[0][1].numpy()
-    values = np.zeros((num_rows, len(FIELDS)))
+        return taken[0][1]
+    device = taken[0][1].device if taken else "cpu"
+    values = torch.zeros(num_rows, len(FIELDS), dtype=torch.float64, device=device)
     for rows, table in taken:
-        array: Any = table.numpy()
-        largest = np.maximum(values[rows, ABS_MAX], array[:, ABS_MAX])
-        values[rows] += array
-        values[rows, ABS_MAX] = largest
+        own = values[rows]
+        largest = torch.maximum(own[:, ABS_MAX], table[:, ABS_MAX].to(values.device))
+        own += table.to(values.device)
+        own[:, ABS_MAX] = largest
+        values[rows] = own
     return values

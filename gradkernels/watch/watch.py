@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from gradkernels.convert import check_module, convert
@@ -15,19 +19,33 @@ from gradkernels.diagnose import Finding, diagnose
 from gradkernels.nn import FusedModule
 from gradkernels.nn.fused_module import Hook, hooks_of
 from gradkernels.ops.probe import probe
-from gradkernels.telemetry import History, Record, SiteRows, Snapshot, TimeProfile
+from gradkernels.telemetry import History, Record, RunFile, SiteRows, Snapshot, TimeProfile, describe_run
 from gradkernels.watch.coverage import Coverage, coverage
+from gradkernels.watch.desync import desynced
 from gradkernels.watch.flow import Flow, hidden_state
+from gradkernels.watch.merge import check_group
+from gradkernels.watch.optimizer import LossScale, Rates
+from gradkernels.watch.recorder import Recorder
 from gradkernels.watch.sites import LAYER, PROBE, RESIDUAL, Site, sites_of
 from gradkernels.watch.stacks import stacks_of
-from gradkernels.watch.tables import Tables, values_of
-
-MAX_UNREAD = 256  # finished steps kept where they were measured, before they become history
+from gradkernels.watch.tables import Tables
 
 
-def watch(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None) -> Watch:
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    sites: Sequence[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    history: int = 1024,
+    log_every: int = 10,
+    process_group: dist.ProcessGroup | None = None,
+    desync_every: int = 0,
+) -> Watch:
     """A Watch on `model`, whose supported layers are fused ones from here on. See Watch."""
-    return Watch(model, optimizer, sites=sites)
+    options = {"history": history, "log_every": log_every, "process_group": process_group, "desync_every": desync_every}
+    return Watch(model, optimizer, scaler, sites=sites, run_dir=run_dir, **options)
 
 
 class Watch:
@@ -36,55 +54,87 @@ class Watch:
     model: its supported layers are swapped in place (`convert`). Where no fused op is, a probe reads the gradient of the output
     of each block, and of each layer that is in no block, once. Call it before torch.compile traces the model.
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
+    scaler: the GradScaler that steps the optimizer: what is read is divided by its scale, and steps it skips are marked.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
-    Raises TypeError where the model is no module or `sites` a string, ValueError where the optimizer holds none of the model's
-    parameters or a pattern matches nothing, RuntimeError where a part of the model is watched already or there is nothing to
+    run_dir: a directory, made where there is none, to whose new stats.jsonl the steps are appended as they are logged, at the
+    latest when this Watch closes or the interpreter exits; `gk.History.load(run_dir)` reads it. Rank 0 alone writes. Where it
+    cannot be written there is one warning. See RunFile.
+    history: how many steps are kept. log_every: every so many steps those that have ended go to the host, and are merged over
+    the processes of `process_group` (None: the default group of torch.distributed, where there is one), each of which trains
+    the same modules and calls `step` as often; what is read is then of the loss averaged over them.
+    desync_every: every so many times that steps are logged, `desync` is called, and warns; 0: never.
+    Raises TypeError where the model is no module, the scaler no GradScaler, `sites` a string or `run_dir` no path, ValueError
+    where the optimizer holds none of the model's parameters, a pattern matches nothing, `run_dir` is a file, a number is out of
+    range or this process is not in the group, RuntimeError where a part of the model is watched already or there is nothing to
     measure in it.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, sites: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        sites: Sequence[str] | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        history: int = 1024,
+        log_every: int = 10,
+        process_group: dist.ProcessGroup | None = None,
+        desync_every: int = 0,
     ) -> None:
         _check(model, optimizer, sites)
+        _check_numbers(history, log_every, desync_every)
+        check_group(process_group)
+        self._scaling = LossScale(scaler, optimizer)
+        run_file = None if run_dir is None else RunFile(run_dir)
         self.model = convert(model)
         found = sites_of(model, sites)
-        self._run = _Run(found)
+        self._run = _Run(found, history)
         self.sites = found
-        self._rates = _Rates(optimizer)
-        self._unread: list[tuple] = []
-        self._history = History(layers=tuple(sorted({type(module).__name__ for module in model.modules()})))
+        self._rates = Rates(optimizer)
+        layers = tuple(sorted({type(module).__name__ for module in model.modules()}))
+        self._history = History(layers=layers, max_steps=history)
+        settings = {"sites": None if sites is None else list(sites), "history": history, "log_every": log_every}
+        settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__}
+        self._history.run = describe_run({**settings, "scaler": None if scaler is None else type(scaler).__name__})
+        self._recorder = Recorder(self._run.tables, partial(_keep, self._history, run_file), log_every, process_group)
+        self._desync_every, self._group = desync_every, process_group
         self._describe()
+        if run_file is not None:  # what is unread when the Watch or the process ends is written
+            weakref.finalize(self, self._recorder.read)
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
-        self._end = weakref.finalize(self, _let_go, found, self._run.hooks, self._run.learning, self._rates.hooks)
+        handles = (self._run.hooks, self._run.learning, self._rates.hooks, self._scaling.hooks)
+        self._end = weakref.finalize(self, _let_go, found, *handles)
         self._end.atexit = False
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Ends a step: what was measured since the last call becomes history, and counting starts again from zero.
 
         Call it once per optimizer step; micro-batches before it merge. Nothing waits for the device. Raises ValueError where
-        `loss` has several elements.
+        `loss` has several elements, or the scaler is another optimizer's.
         """
-        if isinstance(loss, torch.Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"step: loss must be one number, got a tensor of shape {tuple(loss.shape)}")
-            loss = loss.detach().to("cpu", non_blocking=True, copy=True)
-        self._unread.append((self._run.step, loss, self._rates.take(), *self._run.tables.take()))
+        if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+            raise ValueError(f"step: loss must be one number, got a tensor of shape {tuple(loss.shape)}")
+        logged = self._recorder.end_step(self._rates.take(), (loss, *self._scaling.take()))
         self._run.step += 1
         if self._run.end_pass():
             self.sites = [site for index in self._run.flow.order for site in self._run.of_module[index]]
             self._describe()
-        if len(self._unread) > MAX_UNREAD:
-            self._read()
+        if logged and self._desync_every and self._recorder.num_logs % self._desync_every == 0:
+            self._warn_of_desync()
 
     @property
     def step_count(self) -> int:
         """How many steps are finished."""
-        return self._run.step - 1
+        return self._recorder.finished
 
     @property
     def history(self) -> History:
-        """The finished steps, as many as fit its memory. Waits for the device where the model is on one."""
-        self._read()
+        """The finished steps, as many as `history` and its memory allow; of several processes, those that are logged.
+
+        Waits for the device where the model is on one.
+        """
+        self._recorder.read()
         return self._history
 
     def records(self) -> list[Record]:
@@ -137,6 +187,13 @@ class Watch:
         """What the rules conclude from the history, the worst first."""
         return diagnose(self.history)
 
+    def desync(self) -> list[str]:
+        """The parameters that should be equal in all processes of the group and are not, in the model's order; bit by bit.
+
+        Those that are sharded are left out. Every process of the group must call it at the same time: one all-reduce.
+        """
+        return desynced(self.model, self._group)
+
     def coverage(self) -> Coverage:
         """What is watched and what is not, as it is now."""
         return coverage(self.model, self._run.tables.sites, self.history, self.step_count, self._run.flow)
@@ -155,8 +212,12 @@ class Watch:
     def close(self) -> None:
         """Ends the watching: no probes, no statistics. Fused layers stay; `gk.revert(model)` takes them back.
 
-        A Watch that is no longer referred to closes itself.
+        What has ended and is not logged yet is logged first; of several processes each must therefore call it. A Watch that is
+        no longer referred to closes itself, without that.
         """
+        if self._end.alive:
+            self._recorder.log()
+            self._recorder.read()
         self._end()
 
     def table(self, all: bool = False) -> str:
@@ -184,23 +245,22 @@ class Watch:
         ]
         self._history.stacks = stacks_of(self.sites, [self._run.number[site.module] for site in self.sites], self._run.flow)
 
-    def _read(self) -> None:
-        if not self._unread:
-            return
-        self._run.tables.synchronize()
-        for step, loss, rates, taken, times in self._unread:
-            values = values_of(taken, self._run.tables.num_rows)
-            time_values = {name: rows.cpu().numpy() for name, rows in times}
-            loss = None if loss is None else float(loss)
-            self._history.append(Snapshot(step, loss, tuple(float(rate) for rate in rates), values, time_values))
-        self._unread.clear()
+    def _warn_of_desync(self) -> None:
+        names = self.desync()
+        if names:
+            warnings.warn(
+                f"gradkernels: step {self.step_count}: {len(names)} parameters differ between processes, {names[0]} the first: "
+                "a gradient that is not reduced, or random numbers that should be equal and are not",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 class _Run:
     """What the hooks on a model refer to: its sites, where they write, and what is learned of the flow between them."""
 
-    def __init__(self, sites: list[Site]) -> None:
-        self.tables = Tables(sites)
+    def __init__(self, sites: list[Site], num_steps: int) -> None:
+        self.tables = Tables(sites, num_steps)
         modules = list(dict.fromkeys(site.module for site in sites))
         self.number = {module: index for index, module in enumerate(modules)}
         self.of_module = [[site for site in sites if site.module is module] for module in modules]
@@ -270,28 +330,6 @@ class _Run:
         return Hook(measure, trace)
 
 
-class _Rates:
-    """The learning rates of an optimizer as its last step used them: a scheduler changes them before the Watch looks."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
-        self._optimizer = optimizer
-        self._used: list[list] = []
-        used = self._used
-        note = lambda optimizer, args, kwargs: used.__setitem__(slice(None), [_rates(optimizer)])  # noqa: E731
-        self.hooks = [optimizer.register_step_pre_hook(note)] if optimizer is not None else []
-
-    def take(self) -> list:
-        """Those of the step that ended; where the optimizer has not stepped since the last call, as they are."""
-        if self._optimizer is None:
-            return []
-        return self._used.pop() if self._used else _rates(self._optimizer)
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> list:
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return [rate.detach().clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
-
-
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Sequence[str] | None) -> None:
     check_module("watch", model)
     if isinstance(sites, str):
@@ -307,9 +345,28 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Seq
         raise ValueError("watch: optimizer must hold parameters of model, got one that holds none of them")
 
 
+def _check_numbers(history: int, log_every: int, desync_every: int) -> None:
+    if history < 1:
+        raise ValueError(f"watch: history must be 1 step or more, got {history}")
+    if not 1 <= log_every <= history:
+        raise ValueError(f"watch: log_every must be 1 to history, {history}, got {log_every}")
+    if desync_every < 0:
+        raise ValueError(f"watch: desync_every must be 0 or more, got {desync_every}")
+
+
 def _is_watched(module: nn.Module) -> bool:
     names = module.stats_names() if isinstance(module, FusedModule) else ()
     return bool(hooks_of(module)) or any(module.__dict__.get(name) is not None for name in ("on_forward", *names))
+
+
+def _keep(history: History, run_file: RunFile | None, snapshots: list[Snapshot]) -> None:
+    """Finished steps become history, and lines of the run's file, with what could not be written there before."""
+    for snapshot in snapshots:
+        history.append(snapshot)
+        if run_file is not None:
+            run_file.append(history)
+    if run_file is not None:
+        run_file.append(history)
 
 
 def _let_go(sites: list[Site], *handles: list[Any]) -> None:

@@ -59,7 +59,7 @@ def test_demo_of_a_model(finished: tuple[list[str], Path]) -> None:
 def test_files_of_a_model(finished: tuple[list[str], Path]) -> None:
     out = finished[1] / "--model=transformer"
     assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
-    history = gk.History.read(out / "stats.jsonl")
+    history = gk.History.load(out / "stats.jsonl")
     assert list(history.steps) == list(range(1, STEPS + 1))
     for snapshot in history.snapshots:
         assert math.isfinite(snapshot.loss)
@@ -78,7 +78,7 @@ def test_the_story(finished: tuple[list[str], Path]) -> None:
     assert any(line.startswith("Try: replace Sigmoid between layers by ReLU or GELU") for line in first)
     assert not any("VANISHING (" in line for line in second[:-4])
     assert any(line.startswith("No finding.") for line in second)
-    before, after = (gk.History.read(out / "story" / name) for name in (demo.BEFORE, demo.STEPS))
+    before, after = (gk.History.load(out / "story" / name) for name in (demo.BEFORE, demo.STEPS))
     assert [finding.code for finding in gk.diagnose(before)] == ["VANISHING"]
     assert not gk.diagnose(after)
     assert (out / "story" / "flow.png").read_bytes().startswith(b"\x89PNG")

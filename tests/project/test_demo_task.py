@@ -64,7 +64,7 @@ def test_task_files(finished):
     _, out = finished
     for name in demo_task.PICTURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    history = gk.History.read(out / "stats.jsonl")
+    history = gk.History.load(out / "stats.jsonl")
     assert [snapshot.step for snapshot in history.snapshots if snapshot.loss > 0] == list(range(1, 26))
     assert all(0 < history.time_profiles(step=step)[0].reach() <= 60 for step in range(1, 26))
 

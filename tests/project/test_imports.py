@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (  # the lowest first; a folder stands for all modules in it
-    ("autocast", "library", "nested"),
+    ("autocast", "library", "nested", "version"),
     ("telemetry",),
     ("ops",),
     ("functional", "implementations", "sharding", "testing", "triton"),
