@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -34,7 +35,8 @@ class Watch:
     """Measures, every step, the gradient that flows through each site of a model, inside its backward kernels.
 
     model: its supported layers are swapped in place (`convert`). Where no fused op is, a probe reads the gradient of the output
-    of each block, and of each layer that is in no block, once. Call it before torch.compile traces the model.
+    of each block, and of each layer that is in no block, once. What torch.compile has made of the process's models before is
+    compiled anew when it runs next.
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
     Raises TypeError where the model is no module or `sites` a string, ValueError where the optimizer holds none of the model's
@@ -54,6 +56,7 @@ class Watch:
         self._unread: list[tuple] = []
         self._history = History(layers=tuple(sorted({type(module).__name__ for module in model.modules()})))
         self._describe()
+        _compile_anew()
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
         self._end = weakref.finalize(self, _let_go, found, self._run.hooks, self._run.learning, self._rates.hooks)
         self._end.atexit = False
@@ -305,6 +308,13 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, sites: Seq
     own = {id(parameter) for parameter in model.parameters()}
     if optimizer is not None and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("watch: optimizer must hold parameters of model, got one that holds none of them")
+
+
+def _compile_anew() -> None:
+    """Drops the graphs that torch.compile has made so far: they do not look whether a module has got hooks since."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset_code_caches()
 
 
 def _is_watched(module: nn.Module) -> bool:
