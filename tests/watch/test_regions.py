@@ -143,6 +143,28 @@ def test_validation_between_steps(context, run):
     check(scenario, prepare=running(run) if run else lambda net: net)
 
 
+class Prompt(nn.Module):
+    """Returns a parameter, whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(4, WIDTH))
+
+    def forward(self, x):
+        return self.prompt
+
+
+def test_a_tensor_that_only_a_validation_has_seen():
+    """What a block returns without gradients is measured by no backward, though it has a gradient elsewhere."""
+    net = nn.Sequential(Prompt(), nn.Linear(WIDTH, WIDTH))
+    watch = gk.watch(net)
+    with torch.no_grad():
+        net(0)
+    net[0].prompt.sum().backward()
+    watch.step()
+    assert not watch.records()
+
+
 def test_parts_frozen_and_unfrozen():
     """What is frozen, and what lies before it, has no gradient until it is unfrozen."""
 
