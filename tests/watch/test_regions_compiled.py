@@ -41,11 +41,9 @@ def test_compiled_after_watch(options):
     check(scenario, Small, lambda net: torch.compile(net, **options))
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize(("ran", "in_place"), [(False, False), (True, False), (True, True)])
 def test_compiled_before_watch(ran, in_place):
     """The model may have run: what the compiler knows of it is not what it is any more."""
-
     plain, net = twins(Small)
     autograd = Autograd(plain)
     if in_place:
