@@ -17,7 +17,8 @@ NAMESPACE = "torch.nn"  # what torch.fx takes a module's home for: it does not l
 class Hook:
     """A forward hook of a Watch; in a copy or a pickle of its module it does nothing, for what it serves is the original's.
 
-    function: what runs. traced: what torch.compile puts into a graph in its place, where the module is part of one.
+    function: what runs. traced: what torch.compile puts into a graph in its place, where the module is part of one. A program
+    of torch.export is a copy too.
     """
 
     def __init__(self, function: Callable, traced: Callable | None = None) -> None:
@@ -26,7 +27,7 @@ class Hook:
     def __call__(self, *args: Any) -> None:
         if not torch.compiler.is_compiling():
             self.function(*args)
-        elif self.traced is not None:
+        elif self.traced is not None and not torch.compiler.is_exporting():
             self.traced(*args)
 
     def __reduce__(self) -> tuple:
@@ -101,6 +102,10 @@ class FusedModule(nn.Module):
     def stats_names(self) -> list[str]:
         """The names of all attributes that hold statistics."""
         return [f"{kind}{suffix}" for kind in ("stats", "time_stats") for suffix in self.suffixes]
+
+    def table(self, name: str = "stats") -> torch.Tensor | None:
+        """Where a forward has its backward measure; None in a program of torch.export or torch.jit.trace, which is a copy."""
+        return None if torch.compiler.is_exporting() or torch.jit.is_tracing() else getattr(self, name, None)
 
     def enter(self, x: torch.Tensor) -> None:
         """What every forward begins with."""

@@ -21,7 +21,7 @@ class GELU(FusedModule, nn.GELU):
         if not isinstance(self, FusedModule):  # kept by somebody from before `revert`
             return type(self).forward(self, input)
         self.enter(input)
-        return gelu_op.gelu(input, self.approximate, stats=self.stats)
+        return gelu_op.gelu(input, self.approximate, stats=self.table())
 
 
 class LayerNorm(FusedModule, nn.LayerNorm):
@@ -33,7 +33,7 @@ class LayerNorm(FusedModule, nn.LayerNorm):
         if not isinstance(self, FusedModule):
             return type(self).forward(self, input)
         self.enter(input)
-        return layer_norm_op.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats)
+        return layer_norm_op.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.table())
 
 
 class AddLayerNorm(FusedModule, nn.LayerNorm):
@@ -48,7 +48,7 @@ class AddLayerNorm(FusedModule, nn.LayerNorm):
     def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.enter(input)
         return add_layer_norm_op.add_layer_norm(
-            input, residual, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.stats
+            input, residual, self.normalized_shape, self.weight, self.bias, self.eps, stats=self.table()
         )
 
 
@@ -67,4 +67,4 @@ class Residual(FusedModule):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.enter(input)
-        return residual_op.residual(input, self.branch, stats=self.stats)
+        return residual_op.residual(input, self.branch, stats=self.table())

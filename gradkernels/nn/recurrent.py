@@ -165,7 +165,7 @@ class LSTM(_Quantizable, FusedModule, RNNBase):
                 )
             return lstm_steps(*args, **kwargs, zoneout=(self.zoneout_h, self.zoneout_c), reset_mask=reset_mask)
         steps = input.shape[1 if self.batch_first else 0] if batch_sizes is None else batch_sizes.shape[0]
-        stats = [getattr(self, f"stats{suffix}", None) for suffix in self.suffixes]
+        stats = [self.table(f"stats{suffix}") for suffix in self.suffixes]
         time_stats = [self._time_stats(suffix, steps) for suffix in self.suffixes]
         return lstm(
             *args, **kwargs, bidirectional=self.bidirectional, batch_sizes=batch_sizes, stats=stats, time_stats=time_stats
@@ -177,7 +177,7 @@ class LSTM(_Quantizable, FusedModule, RNNBase):
         They grow in place, so that a backward still to come writes where it should; and outside of torch.compile's graphs,
         in which a call of more steps records the first ones alone, says so in row 0, and `watch.step()` makes room.
         """
-        time_stats = getattr(self, f"time_stats{suffix}", None)
+        time_stats = self.table(f"time_stats{suffix}")
         if time_stats is not None and time_stats.shape[0] <= steps and not torch.compiler.is_compiling():
             make_room(time_stats, steps)
         return time_stats
@@ -212,7 +212,7 @@ class LSTMCell(_Quantizable, FusedModule, nn.LSTMCell):
         if in_autocast(input.device.type):
             tensors = _widest(tensors)
         self.enter(input)
-        h, c = lstm_cell_op.lstm_cell(*tensors, stats=self.stats)
+        h, c = lstm_cell_op.lstm_cell(*tensors, stats=self.table())
         return (h, c) if is_batched else (h.squeeze(0), c.squeeze(0))
 
     def _check_shapes(self, input: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> None:

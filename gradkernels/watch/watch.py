@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,7 +53,8 @@ class Watch:
     """Measures, every step, the gradient that flows through each site of a model, inside its backward kernels.
 
     model: its supported layers are swapped in place (`convert`). Where no fused op is, a probe reads the gradient of the output
-    of each block, and of each layer that is in no block, once. Call it before torch.compile traces the model.
+    of each block, and of each layer that is in no block, once. What torch.compile has made of the process's models before is
+    compiled anew when it runs next.
     optimizer: where given, the learning rates of each step are recorded; its parameters must be the model's.
     scaler: the GradScaler that steps the optimizer: what is read is divided by its scale, and steps it skips are marked.
     sites: patterns of module names (`*` matches dots too): these modules are measured and no others.
@@ -102,6 +104,7 @@ class Watch:
         self._describe()
         if run_file is not None:  # what is unread when the Watch or the process ends is written
             weakref.finalize(self, self._recorder.read)
+        _compile_anew()
         # A Watch that nobody holds any more can tell nobody anything: it ends. Nothing that the model holds refers to it.
         handles = (self._run.hooks, self._run.learning, self._rates.hooks, self._scaling.hooks)
         self._end = weakref.finalize(self, _let_go, found, *handles)
@@ -352,6 +355,11 @@ def _check_numbers(history: int, log_every: int, desync_every: int) -> None:
         raise ValueError(f"watch: log_every must be 1 to history, {history}, got {log_every}")
     if desync_every < 0:
         raise ValueError(f"watch: desync_every must be 0 or more, got {desync_every}")
+def _compile_anew() -> None:
+    """Drops the graphs that torch.compile has made so far: they do not look whether a module has got hooks since."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset_code_caches()
 
 
 def _is_watched(module: nn.Module) -> bool:
