@@ -150,7 +150,7 @@ def without(case, outputs):
 @pytest.mark.parametrize("op", [op for op in OPS if len(make_case(op, 1, 1).dys) > 1])
 def test_one_output_used(op, dtype):
     """What is not in the loss: gradients are the twin's, or zeros where that leaves one out, and ports stay empty."""
-    shapes = ((0, 5), (6, 77), (3, 78 if op.startswith("lstm") else 1128))
+    shapes = ((0, 5), (6, 77), DESCRIPTIONS[op].large)
     for case in (*(make_case(op, *shape, dtype=dtype) for shape in shapes), *DESCRIPTIONS[op].cases(dtype).values()):
         every = set(range(len(case.dys)))
         for unused in [every - {k} for k in every] + [{k} for k in every if len(every) > 2]:
@@ -187,6 +187,7 @@ def test_frozen_inputs(op):
             check_stats(stats, case.ports, found)
             if not wanted & parameters:
                 assert not any(port.startswith(("dweight", "dbias")) for port in found)
+            assert not op.startswith("lstm") or (0 in wanted) == ("dx" in found)
 
 
 @every_op
@@ -247,7 +248,7 @@ def test_changed_in_place(op):
                 same(torch.autograd.grad(outputs, floating(leaves), case.dys), expected)
             except RuntimeError as error:
                 errors += 1
-                assert re.search("modified by an inplace operation|modified inplace", str(error))
+                assert re.search("modified by an inplace operation|modified inplace", str(error))  # noqa: PT017
         assert errors or op == "probe"
 
 
@@ -257,9 +258,9 @@ TABLES = {
     "a port more": (
         lambda table: torch.cat([table, table[:1]]),
         gk.ArgumentError,
-        r"stats must have shape .*, slots, 8\), got",
+        "stats must have shape",
     ),
-    "a port less": (lambda table: table[1:], gk.ArgumentError, r"stats must have shape .*, slots, 8\), got"),
+    "a port less": (lambda table: table[1:], gk.ArgumentError, "stats must have shape"),
     "a field more": (lambda table: torch.cat([table] * 2, 2), gk.ArgumentError, r"stats must have shape .*, 1, 16\)"),
     "a field less": (lambda table: table[..., 1:], gk.ArgumentError, r"stats must have shape .*, 1, 7\)"),
     "no slots": (lambda table: table[:, :0], gk.ArgumentError, r"stats must have a slot or more, got shape \(\d, 0, 8\)"),
@@ -335,7 +336,7 @@ def test_module_copies(op):
 
 @pytest.mark.parametrize("op", MODULES)
 def test_module_measures(op):
-    """Every port of a module with statistics has been seen once a backward; without, outputs and gradients are the same bits."""
+    """Every port of a module with statistics is seen once a backward; without them results are the same bits."""
     module, inputs = DESCRIPTIONS[op].module()
     names, found = [name for name in module.stats_names() if not name.startswith("time_stats")], []
     for measured in (True, False):

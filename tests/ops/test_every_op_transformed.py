@@ -61,7 +61,8 @@ def calls_of(case, stats):
 @every_op
 def test_op(op, stats):
     """The calls that a forward and a backward are made of, in every way through the op."""
-    for case in DESCRIPTIONS[op].cases().values():
+    mixed = [case for name, case in DESCRIPTIONS[op].cases(torch.bfloat16).items() if name.startswith("float32")]
+    for case in (*DESCRIPTIONS[op].cases().values(), *mixed):
         checked = set()
         for called, args in calls_of(case, gk.new_stats(len(case.ports)) if stats else None):
             form = (called, *(a if isinstance(a, bool) else a is None for a in args))

@@ -17,7 +17,7 @@ LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @dataclass(frozen=True)
 class Description:
-    """`function` is the public one, `names` what it calls the inputs of a case, `more` what else it needs beside case.inputs[0].
+    """`function` is the public one, `names` what it calls the inputs of a case, `more` what else it needs.
 
     make(*shape, dtype, scale): the case with everything an op has, `shape` rows of some columns. large: a shape for `make` that
     is shared by threads. variants: {what takes another way through the op: its case at a small shape, of a dtype}. module: a
