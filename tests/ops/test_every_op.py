@@ -80,7 +80,8 @@ def test_gradcheck(op):
 @every_op
 def test_layouts(op, dtype, layout):
     """Each input and each gradient in another layout, alone, and all of them together; of one number, all gradients."""
-    shape = (5, 77) if op.startswith("lstm") else (2, 3, 37, 41)
+    few_rows = (2, 2, 3, 77)  # the sum of many equal numbers rounds the same way each time, the truth's too
+    shape = (5, 77) if op.startswith("lstm") else few_rows if op.endswith("norm") else (2, 3, 37, 41)
     case = make_case(op, *shape, dtype=dtype)
     tensors, split = [*case.inputs, *case.dys], len(case.inputs)
     least = {"transposed": 2, "channels_last": 4}.get(layout, 1)
