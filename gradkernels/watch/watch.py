@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -355,6 +355,8 @@ def _check_numbers(history: int, log_every: int, desync_every: int) -> None:
         raise ValueError(f"watch: log_every must be 1 to history, {history}, got {log_every}")
     if desync_every < 0:
         raise ValueError(f"watch: desync_every must be 0 or more, got {desync_every}")
+
+
 def _compile_anew() -> None:
     """Drops the graphs that torch.compile has made so far: they do not look whether a module has got hooks since."""
     dynamo = sys.modules.get("torch._dynamo")

@@ -1,8 +1,8 @@
-"""The op tests again, in processes of their own: without the extension, and on each instruction set."""
+"""The op tests again, in processes of their own: without the extension, on each instruction set, and on Triton kernels."""
 
 import pytest
 import torch
-from processes import run, run_tests
+from processes import SHARED, run, run_tests, tests_of
 
 import gradkernels
 from gradkernels.ops import OPS
@@ -23,7 +23,17 @@ def test_import_without_extension():
 @pytest.mark.parametrize("op", OPS)
 def test_ops_without_extension(op):
     """Forward, gradients, statistics, double backward, vmap and torch.compile of the reference implementation."""
-    run_tests("-p", "without_extension", f"test_{op}.py", "-k", "not inductor and not tails and not threads")
+    files, names = tests_of(op, OPS)
+    run_tests("-p", "without_extension", *files, "-k", f"{names} and not inductor and not tails and not threads")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_shared_tests_on_triton(op):
+    """The tests that every op shares, on the Triton kernels; test_triton.py runs those that are an op's own."""
+    pytest.importorskip("triton")
+    names = "not inductor and not threads and not gradcheck" + " and not transforms" * (op == "lstm_layer")
+    run_tests("-p", "on_triton", *SHARED, "-W", "ignore", "-k", f"{tests_of(op, OPS)[1]} and {names}")
 
 
 def test_shared_memory_without_extension():
@@ -49,4 +59,4 @@ def test_instruction_sets(capability):
     assert shown.count(f"C++ ({SHOWN[capability]}") == len(OPS)
     if shown.strip() == str(gradkernels.implementations()):
         pytest.skip("the tests of the ops in this process run on it")
-    run_tests(*(f"test_{op}.py" for op in OPS), "-k", NUMBERS, ATEN_CPU_CAPABILITY=capability)
+    run_tests(*(f"test_{op}.py" for op in OPS), *SHARED, "-k", NUMBERS, ATEN_CPU_CAPABILITY=capability)

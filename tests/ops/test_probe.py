@@ -1,32 +1,18 @@
 import pytest
 import torch
-from cases import make_case, probe_case
+from cases import probe_case
 from checks import (
-    EXTREMES,
-    TRANSFORMS,
-    check_accumulation,
-    check_batched_backward,
     check_case,
     check_case_stats,
-    check_checkpoint,
-    check_compile,
-    check_dynamic_batch,
-    check_repeatable,
-    check_special_values,
-    check_threads,
-    check_transform,
-    check_vmap_stats,
-    check_without_gradients,
 )
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
 from gradkernels.telemetry import measure_reference
-from gradkernels.testing import DTYPES, check_stats, lay_out, randn
+from gradkernels.testing import DTYPES, check_stats, randn
 
 SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (8193,), (3, 1500), (2, 3, 5, 7), (11, 1531))
-LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last", "expanded", "scalar")
 PORTS = ("dy",)
 OP = torch.ops.gradkernels
 
@@ -44,13 +30,6 @@ def test_implementation(dtype, shape):
     check_case(probe_case(randn(*shape, dtype=dtype)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(dtype, layout):
-    dy = randn(2, 3, 37, 41, dtype=dtype)
-    check_case(probe_case(randn(2, 3, 37, 41, dtype=dtype), lay_out(dy, layout)))
-
-
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 33, 4095, 4096, 4097, 8191, 8192, 8193, 24577])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_is_its_reference(dtype, size):
@@ -62,12 +41,6 @@ def test_kernel_is_its_reference(dtype, size):
     measure_reference(dy, reference, 1)
     check_stats(ours, ("dskip", "dbranch", "dx"), {"dbranch": dy})
     check_stats(reference, ("dskip", "dbranch", "dx"), {"dbranch": dy})
-
-
-@pytest.mark.parametrize("num_threads", [2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads(dtype, num_threads):
-    check_threads(make_case("probe", 70_001, dtype=dtype), num_threads)
 
 
 def test_gradient_of_all_uses():
@@ -110,19 +83,6 @@ def test_forward_without_gradients_leaves_no_probe():
     check_stats(stats, PORTS, {"dy": dy})
 
 
-@pytest.mark.parametrize("strides", [(64, 64, 2), (24, 1, 3)], ids=str)
-def test_strided_stats(strides):
-    """A statistics tensor that is part of a larger one: its own elements are written and no others, or it is refused."""
-    table, dy = torch.zeros(64, dtype=torch.float64), randn(3, 5)
-    stats = table.as_strided((1, 1, 8), strides)
-    try:
-        gk.probe(randn(3, 5).requires_grad_() * 1, stats=stats).backward(dy)
-    except gk.ArgumentError:
-        return
-    check_stats(stats, PORTS, {"dy": dy})
-    assert table.sum() == stats.sum()
-
-
 def test_stats_of_infinite_sums():
     """Finite float32 elements whose squares are not: the sum is exact all the same."""
     dy = torch.full((5000,), 3e38)
@@ -136,83 +96,3 @@ def test_stats_of_nan_among_zeros(bits):
     dy = torch.zeros(100, dtype=torch.int16)
     dy[50] = bits
     check_case_stats(probe_case(randn(100, dtype=torch.bfloat16), dy.view(torch.bfloat16)))
-
-
-@pytest.mark.parametrize(("dtype", "scale"), EXTREMES, ids=str)
-def test_stats_extremes(dtype, scale):
-    check_case_stats(make_case("probe", 9, 1033, dtype=dtype, scale=scale))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stats_special_values(dtype):
-    check_special_values("probe", dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stats_repeatable(dtype):
-    check_repeatable(make_case("probe", 5, 1531, dtype=dtype))
-
-
-def test_stats_accumulate():
-    check_accumulation("probe")
-
-
-def test_no_gradients():
-    check_without_gradients(make_case("probe", 3, 5))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_op(dtype):
-    torch.library.opcheck(OP.probe_bwd.default, (randn(3, 5, dtype=dtype), gk.new_stats(2), 1))
-    torch.library.opcheck(OP.probe_bwd.default, (randn(5, 3, dtype=dtype).mT, gk.new_stats(1), 0))
-    torch.library.opcheck(OP.probe.default, (randn(3, 5, dtype=dtype).requires_grad_(), gk.new_stats(1)))
-
-
-def test_compile(fresh_compiler):
-    check_compile(make_case("probe", 5, 33), "aot_eager")
-    assert not fresh_compiler["graph_break"]
-
-
-def test_compile_dynamic(fresh_compiler):
-    check_dynamic_batch("probe", fresh_compiler)
-
-
-@pytest.mark.parametrize("stats", [False, True])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms(transform, stats):
-    check_transform("probe", transform, stats)
-
-
-def test_vmap_stats():
-    check_vmap_stats("probe")
-
-
-def test_batched_backward():
-    check_batched_backward("probe")
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant):
-    check_checkpoint("probe", use_reentrant)
-
-
-def stats_of(*shape, dtype=torch.float64, device="cpu"):
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-ERRORS = (
-    (lambda x: gk.probe(x.int()), TypeError, r"x must be .*, got torch\.int32"),
-    (lambda x: gk.probe(x.to(torch.complex64)), TypeError, r"x must be .*, got torch\.complex64"),
-    (lambda x: gk.probe(x, stats=stats_of(1, 1, 8).half()), TypeError, "stats must be float64, got torch.float16"),
-    (lambda x: gk.probe(x, stats=stats_of(2, 1, 8)), gk.ArgumentError, r"\(1, slots, 8\), got \(2, 1, 8\)"),
-    (lambda x: gk.probe(x, stats=stats_of(1, 0, 8)), gk.ArgumentError, r"a slot or more, got shape \(1, 0, 8\)"),
-    (lambda x: gk.probe(x, stats=stats_of(1, 8)), gk.ArgumentError, r"\(1, slots, 8\), got \(1, 8\)"),
-    (lambda x: gk.probe(x, stats=stats_of(1, 1, 8, device="meta")), gk.ArgumentError, "on x's device, cpu, got meta"),
-)
-
-
-@pytest.mark.parametrize(("call", "error", "message"), ERRORS)
-def test_errors(call, error, message):
-    with pytest.raises(error, match=f"^probe: .*{message}") as caught:
-        call(randn(3, 5))
-    assert caught.type is error

@@ -2,23 +2,10 @@ import itertools
 
 import pytest
 import torch
-from cases import make_case, residual_case
+from cases import residual_case
 from checks import (
-    EXTREMES,
-    TRANSFORMS,
-    check_accumulation,
-    check_batched_backward,
     check_case,
     check_case_stats,
-    check_checkpoint,
-    check_compile,
-    check_dynamic_batch,
-    check_repeatable,
-    check_special_values,
-    check_threads,
-    check_transform,
-    check_vmap_stats,
-    check_without_gradients,
 )
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -27,26 +14,13 @@ from gradkernels.ops.residual import PORTS, residual_bwd_reference
 from gradkernels.testing import DTYPES, check, check_stats, differentiate, lay_out, randn
 
 SHAPES = ((0, 5), (), (1,), (7, 3), (4095,), (4097,), (8193,), (3, 1500), (2, 3, 5, 7), (11, 1531))
-LAYOUTS = (
-    ("transposed", "contiguous"),
-    ("contiguous", "transposed"),
-    ("channels_last", "channels_last"),
-    ("contiguous", "channels_last"),
-    ("sliced", "contiguous"),
-    ("contiguous", "sliced"),
-    ("expanded", "contiguous"),
-    ("contiguous", "scalar"),
-    ("scalar", "scalar"),
-)
-OP = torch.ops.gradkernels
 
 
 def test_reference():
     x = randn(3, 5, dtype=torch.float64).requires_grad_()
     dskip, dbranch = randn(3, 5, dtype=torch.float64), randn(3, 5, dtype=torch.float64)
-    for function in (gk.residual_fork, lambda x: gk.residual(x, torch.sin)):
-        assert gradcheck(function, (x,), check_forward_ad=True)
-        assert gradgradcheck(function, (x,))
+    assert gradcheck(lambda x: gk.residual(x, torch.sin), (x,), check_forward_ad=True)
+    assert gradgradcheck(lambda x: gk.residual(x, torch.sin), (x,))
     assert torch.equal(residual_bwd_reference(dskip, dbranch), dskip + dbranch)
     assert torch.equal(residual_bwd_reference(dskip, None), dskip)
     assert torch.equal(residual_bwd_reference(None, dbranch), dbranch)
@@ -59,23 +33,6 @@ def test_implementation(dtype, shape):
     check_case(case)
     dx = differentiate(case.function, case.inputs, case.dys)[1][0]
     assert torch.equal(dx, sum(case.dys))  # one addition, rounded once
-
-
-@pytest.mark.parametrize(("skip_layout", "branch_layout"), LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(dtype, skip_layout, branch_layout):
-    x, dskip, dbranch = (randn(2, 3, 37, 41, dtype=dtype) for _ in range(3))
-    check_case(residual_case(x, lay_out(dskip, skip_layout), lay_out(dbranch, branch_layout)))
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 5), (4097,)], ids=str)
-@pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_output_used(dtype, used, shape):
-    """Only the skip or only the branch in the loss: dx is its gradient, and the other port stays empty."""
-    dys = [None, None]
-    dys[used] = randn(*shape, dtype=dtype)
-    check_case(residual_case(randn(*shape, dtype=dtype), *dys))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
@@ -112,12 +69,6 @@ def test_nested_and_deep():
         assert torch.equal(below[PORTS.index("dskip")], above[PORTS.index("dx")])
 
 
-@pytest.mark.parametrize("num_threads", [2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads(dtype, num_threads):
-    check_threads(make_case("residual", 70_001, dtype=dtype), num_threads)
-
-
 def test_outputs_share_memory_and_refuse_writes():
     """Writing into one output would change the other: autograd raises, and without autograd both are x itself."""
     leaf = randn(3, 5).requires_grad_()
@@ -152,25 +103,6 @@ def test_incoming_gradients_are_not_touched():
         assert all(dy is None or torch.equal(dy, before) for dy, before in zip(dys, kept, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "scale"), EXTREMES, ids=str)
-def test_stats_extremes(dtype, scale):
-    check_case_stats(make_case("residual", 9, 1033, dtype=dtype, scale=scale))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stats_special_values(dtype):
-    check_special_values("residual", dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stats_repeatable(dtype):
-    check_repeatable(make_case("residual", 5, 1531, dtype=dtype))
-
-
-def test_stats_accumulate():
-    check_accumulation("residual")
-
-
 def test_stats_of_cancelling_gradients():
     """dskip = -dbranch: dx is exactly zero in every element, and counted so."""
     dskip = randn(4099)
@@ -185,20 +117,6 @@ def test_stats_of_overflow():
     check_case_stats(case)
 
 
-def test_no_gradients():
-    check_without_gradients(make_case("residual", 3, 5))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stats", [False, True])
-def test_op(dtype, stats):
-    dskip, dbranch = randn(3, 5, dtype=dtype), randn(3, 5, dtype=dtype)
-    stats = gk.new_stats(3) if stats else None
-    for arguments in ((dskip, dbranch.mT.contiguous().mT), (dskip, None), (None, dbranch)):
-        torch.library.opcheck(OP.residual_bwd.default, (*arguments, stats))
-    torch.library.opcheck(OP.residual_fork.default, (randn(3, 5, dtype=dtype).requires_grad_(), stats))
-
-
 def test_compile(fresh_compiler):
     """The fork's outputs are views, so the graph's outputs are made of them, as a model's are."""
     x, dy, weight = randn(5, 7), randn(5, 7), randn(7, 7)
@@ -211,50 +129,8 @@ def test_compile(fresh_compiler):
     assert not fresh_compiler["graph_break"]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_fork(backend, fresh_compiler):
-    check_compile(make_case("residual", 5, 33), backend)
-
-
-def test_compile_dynamic(fresh_compiler):
-    check_dynamic_batch("residual", fresh_compiler)
-
-
-@pytest.mark.parametrize("stats", [False, True])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms(transform, stats):
-    check_transform("residual", transform, stats)
-
-
-def test_vmap_stats():
-    check_vmap_stats("residual")
-
-
-def test_batched_backward():
-    check_batched_backward("residual")
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant):
-    check_checkpoint("residual", use_reentrant)
-
-
-def stats_of(*shape, dtype=torch.float64, device="cpu"):
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
 ERRORS = (
-    (lambda x: gk.residual_fork(x.int()), TypeError, r"residual_fork: x must be float32, .*, got torch\.int32"),
     (lambda x: gk.residual(x.bool(), torch.sin), TypeError, r"residual_fork: x must be float32, .*, got torch\.bool"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(3, 1, 8).float()), TypeError, "stats must be float64, got torch.float32"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(2, 1, 8)), gk.ArgumentError, r"\(3, slots, 8\), got \(2, 1, 8\)"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(3, 0, 8)), gk.ArgumentError, r"a slot or more, got shape \(3, 0, 8\)"),
-    (lambda x: gk.residual_fork(x, stats=stats_of(3, 8)), gk.ArgumentError, r"\(3, slots, 8\), got \(3, 8\)"),
-    (
-        lambda x: gk.residual(x, torch.sin, stats=stats_of(3, 1, 8, device="meta")),
-        gk.ArgumentError,
-        "x's device, cpu, got meta",
-    ),
     (lambda x: gk.residual(x, lambda h: h[:1]), gk.ArgumentError, r"residual_add: .* skip's shape, \(3, 5\), got \(1, 5\)"),
     (
         lambda x: gk.residual_add(x, x[0]),

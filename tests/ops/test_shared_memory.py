@@ -9,9 +9,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import add_layer_norm_case, gelu_case, layer_norm_case, make_case, residual_case
+from cases import make_case
 from checks import tuple_of
-from lstm_cases import cell_case, layer_case, layer_inputs, plain_layer
+from descriptions import DESCRIPTIONS
 
 import gradkernels as gk
 from gradkernels.ops import OPS
@@ -23,23 +23,8 @@ def cases(op):
     yield make_case(op, 3, 5)
     yield make_case(op, 1, 1, dtype=torch.float64)
     yield make_case(op, 2, 3, dtype=torch.bfloat16)
-    row, weight, bias = randn(4), randn(4), randn(4)
-    if op == "gelu":
-        yield gelu_case(row, approximate="tanh")
-    if op == "layer_norm":
-        yield layer_norm_case(row, weight, bias)  # no rows to add up: dbias is dy
-        yield layer_norm_case(row, None, bias)
-    if op == "add_layer_norm":
-        yield add_layer_norm_case(row, randn(4), weight, bias)
-        yield add_layer_norm_case(row, randn(4))
-        yield add_layer_norm_case(randn(2, 3, dtype=torch.float16), randn(2, 3), randn(3), randn(3))
-    if op == "residual":
-        yield residual_case(row)
-    if op == "lstm_layer":
-        yield layer_case(layer_inputs(1, 1, 1, 1)[0], eager=plain_layer)
-        yield layer_case(*layer_inputs(3, 3, 4, 5, lengths=[3, 1, 1], bias=False), eager=plain_layer)
-    if op == "lstm_cell":
-        yield cell_case(1, 1, 1, bias=False)
+    yield from list(DESCRIPTIONS[op].cases().values())[1:]
+    yield from (case for name, case in DESCRIPTIONS[op].cases(torch.float16).items() if name.startswith("float32"))
 
 
 def some_of(items):

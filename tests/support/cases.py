@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import gradkernels as gk
 from gradkernels.ops import OPS
-from gradkernels.testing import accumulator, largest, norm_terms, randn
+from gradkernels.testing import accumulator, largest, norm_terms
 
 DEFAULT = object()
 
@@ -18,6 +18,7 @@ class Case:
     """`function(*inputs, stats=...)` is ours, `eager(*inputs)` the twin; `seen(gradients)` is {port: gradient}.
 
     `exact(*inputs)` is the truth when run in float64: `eager`, unless something is rounded on the way by definition.
+    `again(inputs, dys)` is the same case of other tensors; a gradient that is None belongs to an output that is not used.
     """
 
     op: str
@@ -28,6 +29,7 @@ class Case:
     seen: Callable
     terms: dict = field(default_factory=dict)
     exact: Callable | None = None
+    again: Callable | None = None
 
     @property
     def ports(self):
@@ -48,7 +50,11 @@ def gelu_case(x, dy=None, approximate="none"):
     def eager(x):
         return F.gelu(x, approximate=approximate)
 
-    return Case("gelu", function, eager, (x,), (dy,), lambda d: {"dy": dy, "dx": d[0]}, gelu_terms(x, dy))
+    def again(inputs, dys):
+        return gelu_case(*inputs, *dys, approximate)
+
+    terms = gelu_terms(x, dy)
+    return Case("gelu", function, eager, (x,), (dy,), lambda d: {"dy": dy, "dx": d[0]}, terms, again=again)
 
 
 def gelu_terms(x, dy):
@@ -79,9 +85,12 @@ def layer_norm_case(x, weight=None, bias=None, dy=None, num_dims=1, eps=1e-5):
     def seen(d):
         return there({"dy": dy, "dx": d[0], "dweight": d[1], "dbias": d[2]})
 
+    def again(inputs, dys):
+        return layer_norm_case(*inputs, *dys, num_dims, eps)
+
     size = size_of_norm(x, weight, dy, num_dims, eps)
     terms = {"y0": size["y"], "d0": size["dx"], "d1": size["dweight"], "d2": size["dbias"]}
-    return Case("layer_norm", function, eager, (x, weight, bias), (dy,), seen, terms)
+    return Case("layer_norm", function, eager, (x, weight, bias), (dy,), seen, terms, again=again)
 
 
 def add_layer_norm_case(x, residual, weight=None, bias=None, dy=DEFAULT, dnew_residual=DEFAULT, num_dims=1, eps=1e-5):
@@ -106,11 +115,14 @@ def add_layer_norm_case(x, residual, weight=None, bias=None, dy=DEFAULT, dnew_re
     def seen(d):
         return there({"dy": dy, "dnew_residual": dnew_residual, "dx": d[1], "dweight": d[2], "dbias": d[3]})
 
+    def again(inputs, dys):
+        return add_layer_norm_case(*inputs, *dys, num_dims, eps)
+
     size = size_of_norm(x, weight, dy, num_dims, eps, residual)
     dx = size["dx"] + largest(dnew_residual)
     terms = {"y0": size["y"], "d0": dx, "d1": dx, "d2": size["dweight"], "d3": size["dbias"]}
     inputs = (x, residual, weight, bias)
-    return Case("add_layer_norm", function, eager, inputs, (dy, dnew_residual), seen, terms, exact)
+    return Case("add_layer_norm", function, eager, inputs, (dy, dnew_residual), seen, terms, exact, again)
 
 
 def residual_case(x, dskip=DEFAULT, dbranch=DEFAULT):
@@ -127,7 +139,8 @@ def residual_case(x, dskip=DEFAULT, dbranch=DEFAULT):
         return there({"dskip": dskip, "dbranch": dbranch, "dx": d[0]})
 
     terms = {"d0": largest(dskip) + largest(dbranch)}
-    return Case("residual", function, eager, (x,), (dskip, dbranch), seen, terms)
+    again = lambda inputs, dys: residual_case(*inputs, *dys)  # noqa: E731
+    return Case("residual", function, eager, (x,), (dskip, dbranch), seen, terms, again=again)
 
 
 def probe_case(x, dy=None):
@@ -136,22 +149,12 @@ def probe_case(x, dy=None):
     def function(x, stats=None):
         return gk.probe(1 * x, stats=stats)
 
-    return Case("probe", function, lambda x: 1 * x, (x,), (dy,), lambda d: {"dy": dy})
+    again = lambda inputs, dys: probe_case(*inputs, *dys)  # noqa: E731
+    return Case("probe", function, lambda x: 1 * x, (x,), (dy,), lambda d: {"dy": dy}, again=again)
 
 
 def make_case(op, *shape, dtype=torch.float32, scale=1.0):
     """A case with everything an op has: random inputs, weight and bias, and gradients times `scale`."""
-    x = randn(*shape, dtype=dtype)
-    dy = randn(*shape, dtype=torch.float64).mul(scale).to(dtype)
-    weight, bias = randn(*shape[-1:], dtype=dtype, mean=1.0), randn(*shape[-1:], dtype=dtype)
-    if op == "layer_norm":
-        return layer_norm_case(x, weight, bias, dy)
-    if op == "add_layer_norm":
-        return add_layer_norm_case(x, randn(*shape, dtype=dtype), weight, bias, dy, dy.flip(0).neg())
-    if op in ("lstm_layer", "lstm_cell"):
-        from lstm_cases import recurrent_case
+    from descriptions import DESCRIPTIONS
 
-        return recurrent_case(op, *shape, dtype=dtype, scale=scale)
-    if op == "residual":
-        return residual_case(x, dy, 0.75 * dy.flip(0))
-    return gelu_case(x, dy) if op == "gelu" else probe_case(x, dy)
+    return DESCRIPTIONS[op].make(*shape, dtype=dtype, scale=scale)

@@ -96,7 +96,8 @@ def layer_case(inputs, batch_sizes=None, reverse=False, dys=None, eager=torch_la
     size = 4 * rows**0.5 * sum(largest(dy) for dy in dys)
     terms = {**{f"y{k}": 2 * rows**0.5 for k in range(3)}, **{f"d{k}": size for k in range(8)}}
     terms["d3"] *= max(1.0, largest(inputs[0]))
-    return Case("lstm_layer", function, twin, inputs, dys, seen, terms, exact)
+    again = lambda inputs, dys: layer_case(inputs, batch_sizes, reverse, dys, eager, time_stats)  # noqa: E731
+    return Case("lstm_layer", function, twin, inputs, dys, seen, terms, exact, again)
 
 
 def plain_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
@@ -110,9 +111,13 @@ def plain_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
 def cell_case(B, D, H, dtype=torch.float32, bias=True, dys=None, scale=1.0):
     """One step with both outputs used, unless `dys` says which."""
     (x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, _), _ = layer_inputs(1, B, D, H, bias=bias, dtype=dtype)
-    inputs = (x[0], h, c, weight_ih, weight_hh, bias_ih, bias_hh)
     if dys is None:
         dys = tuple((scale * randn(B, H, dtype=torch.float64)).to(dtype) for _ in range(2))
+    return cell_case_of((x[0], h, c, weight_ih, weight_hh, bias_ih, bias_hh), dys)
+
+
+def cell_case_of(inputs, dys):
+    """One step from `inputs`; a gradient that is None belongs to an output that is not used."""
 
     def function(*inputs, stats=None):
         return gk.lstm_cell(*inputs, stats=stats)
@@ -121,20 +126,9 @@ def cell_case(B, D, H, dtype=torch.float32, bias=True, dys=None, scale=1.0):
         names = ("dh_next", "dc_next", "dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias")
         return {port: gradient for port, gradient in zip(names, (*dys, *d), strict=False) if gradient is not None}
 
-    size = 4 * (B + 1) ** 0.5 * sum(largest(dy) for dy in dys)
+    size = 4 * (len(inputs[0]) + 1) ** 0.5 * sum(largest(dy) for dy in dys)
     terms = {"y0": 8.0, "y1": 8.0, **{f"d{k}": size for k in range(7)}}
-    return Case("lstm_cell", function, plain_cell, inputs, dys, seen, terms)
-
-
-def recurrent_case(op, rows, columns, dtype, scale):
-    """A case with everything an op has, `rows` rows or one step more of `columns` inputs; its twin is plain PyTorch."""
-    if op == "lstm_cell":
-        return cell_case(rows, columns, 7, dtype=dtype, scale=scale)
-    T = rows + 1
-    inputs, _ = layer_inputs(T, 2, columns, 5, P=3, dtype=dtype)
-    shapes = ((T, 2, 3), (2, 3), (2, 5))
-    dys = tuple((scale * randn(*shape, dtype=torch.float64)).to(dtype) for shape in shapes)
-    return layer_case(inputs, dys=dys, eager=plain_layer)
+    return Case("lstm_cell", function, plain_cell, inputs, dys, seen, terms, again=cell_case_of)
 
 
 def expected_steps(inputs, dys, batch_sizes=None, reverse=False):

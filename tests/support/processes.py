@@ -9,6 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
+SHARED = ("test_every_op.py", "test_every_op_transformed.py")  # by every op
 PATHS = (TESTS / "support", TESTS)  # from which tests import what they share
 
 
@@ -25,6 +26,12 @@ def run(*arguments, **environment):
     if done.returncode:
         pytest.fail(f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}", pytrace=False)
     return done.stdout
+
+
+def tests_of(op, ops):
+    """(files, -k): the files of an op's tests, its own and those that all `ops` share, and what picks its tests out of them."""
+    longer = [other for other in ops if op in other and other != op]
+    return (f"test_{op}.py", *SHARED), " and not ".join([op, *longer])
 
 
 def run_tests(*arguments, **environment):
