@@ -46,7 +46,8 @@ def test_reference(parameters):
     y, h, mean, rstd = add_layer_norm_fwd_reference(x, residual, weight, bias, 2, 1e-5)
     compare("y", y.detach(), exact[0].detach(), exact[0].detach(), terms=10.0)
     compare("new_residual", h.detach(), exact[1].detach(), exact[1].detach())
-    dx, _, *columns = add_layer_norm_bwd_reference(*dys, h, mean, rstd, weight, bias, 2, torch.float64, [True, False, True, True])
+    mask = [True, False, True, True]
+    dx, _, *columns = add_layer_norm_bwd_reference(*dys, h, mean, rstd, weight, bias, 2, torch.float64, mask)
     found = [d for d in (dx, *columns) if d.numel()]
     for ours_d, exact_d in zip(found, torch.autograd.grad(exact, leaves, dys), strict=True):
         compare("d", ours_d.detach(), exact_d, exact_d, terms=10.0)
