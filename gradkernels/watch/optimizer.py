@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -97,6 +96,10 @@ class _Listening:
                 self._scaler.__class__ = type(self._scaler).__base__
 
 
+def _new(scaler_class: type) -> GradScaler:
+    return scaler_class.__new__(scaler_class)
+
+
 def _listened(scaler_class: type) -> type:
     """A scaler's class that calls LISTENERS; copies and pickles are of `scaler_class` itself."""
 
@@ -106,6 +109,6 @@ def _listened(scaler_class: type) -> type:
         scaler_class.update(self, new_scale)
 
     def reduce(self: GradScaler, protocol: Any) -> tuple:
-        return copyreg.__newobj__, (scaler_class,), self.__getstate__()
+        return _new, (scaler_class,), self.__getstate__()
 
     return type(scaler_class.__name__, (scaler_class,), {"update": update, "__reduce_ex__": reduce})

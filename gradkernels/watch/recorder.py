@@ -46,6 +46,8 @@ class Recorder:
 
     def end_step(self, rates: Sequence[Any], scalars: Sequence[Scalar]) -> bool:
         """Enqueues a step; whether that made it a logging step. scalars: see Ring, None where there is none."""
+        if self.tables.captured:
+            self._catch_up()
         taken = self.tables.take(scalars)
         if taken is None:
             return False
@@ -83,13 +85,20 @@ class Recorder:
 
     def read(self) -> None:
         """Hands over what has ended, and waits for it."""
-        for taken in self.tables.replayed():
-            self.finished += 1
-            self._ended.append(Ended(self.finished, False, (), taken))
+        self._catch_up()
         if self._merging() is None:
             self.log()
         self._settle()
         self._keep([])
+
+    def _catch_up(self) -> None:
+        """Adds the steps that replays of a captured graph have ended, which nobody told the host of. Waits for the device."""
+        count, takens = self.tables.replayed()
+        overwritten = max(0, len(self._ended) + count - self.tables.num_steps) if count else 0
+        self._ended = self._ended[overwritten:]
+        self.finished += count
+        for number, taken in enumerate(takens, self.finished - len(takens) + 1):
+            self._ended.append(Ended(number, False, (), taken))
 
     def _merging(self) -> dist.ProcessGroup | None:
         """The group to merge over, which may be there later than the Watch."""

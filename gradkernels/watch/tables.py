@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,7 @@ class Tables:
         self._tables: list[tuple[list[int], torch.Tensor]] = []
         self._rings: list[tuple[list[int], list[Site], Ring]] = []  # of those that are not on a CPU, with their LSTMs
         self.measuring = True
+        self.captured = False  # a graph in which steps end, so that there may be more of them than the host knows
         self._allocate()
 
     def _allocate(self) -> None:
@@ -113,23 +114,28 @@ class Tables:
         scalars: see ABSENT; None where there is none. None while a CUDA graph is captured: nothing runs, replays end steps.
         """
         rows, self._left = self._left + self._take_on_cpu(), []
-        times = {site: take_steps(site.time_stats) for site in self._timed if site.time_stats.is_cpu}
+        times = {
+            site: take_steps(site.time_stats)
+            for site in self._timed
+            if site.time_stats.is_cpu and not has_ring(site.time_stats)
+        }
         if not self._rings:
             plain = all(value is None for value in scalars[1:])
             return TakenStep(rows, self._in_order(times), tuple(_kept(value) for value in scalars), plain)
         if not all([ring.put(scalars) for _, _, ring in self._rings]):
+            self.captured = True
             return None
         return self._in_rings(self._rings[0][2].ended - 1, rows, times)
 
-    def replayed(self) -> Iterator[TakenStep]:
-        """The steps that replays of a captured graph have ended since the last call, less the overwritten. Waits."""
+    def replayed(self) -> tuple[int, list[TakenStep]]:
+        """How many steps replays of a captured graph have ended since the last call, and those that are still there. Waits."""
         rings = [ring for _, _, ring in self._rings]
-        count = min((int(ring.count) for ring in rings), default=0)
-        first = max([0, count - self.num_steps, *(ring.ended for ring in rings[:1])])
-        for step in range(first, count):
-            yield self._in_rings(step, [], {})
+        if not rings:
+            return 0, []
+        before, count = rings[0].ended, min(int(ring.count) for ring in rings)
         for ring in rings:
             ring.ended = count
+        return count - before, [self._in_rings(step, [], {}) for step in range(max(before, count - self.num_steps), count)]
 
     def _in_rings(self, step: int, rows: Taken, times: dict[Site, torch.Tensor]) -> TakenStep:
         """A step that lies in rings, with what lies on a CPU."""
@@ -146,7 +152,7 @@ class Tables:
     def _take_on_cpu(self) -> Taken:
         taken = []
         for rows, table in self._tables:
-            if table.is_cpu:
+            if table.is_cpu and not has_ring(table):
                 own = self._room.pop() if self._room else self._make_room(len(rows))
                 take_rows(table, own)
                 taken.append((rows, own))
