@@ -54,6 +54,9 @@ caches. An implementation that fails its check against float64 is not timed.
 - **backward of values**: a backward with telemetry on, (2048, 768), on a gradient of those values, against the same on
   normal random numbers; "1e-30, 1e30" is half of each.
 - **watching**: forward and backward of a model with probes, against the same without.
+- **step with / without telemetry**: ten whole training steps of the demo's models (forward, backward, AdamW,
+  `watch.step()`) with an option of `gk.watch`, against the same fused layers without; median and p20 to p80. "off
+  again" is the noise.
 
 ## Where a fused layer loses
 
@@ -161,6 +164,21 @@ def watch_rows(lines: list[dict]) -> list[str]:
     return table("| watching | with probes / without | p20 to p80 |", rows)
 
 
+def option_rows(lines: list[dict]) -> list[str]:
+    """One row per option of gk.watch: a whole training step with it against the same without telemetry, by model."""
+    options, models = {}, {}
+    for line in lines:
+        if line["op"].startswith("watch options "):
+            model = line["op"].removeprefix("watch options ")
+            models[model] = None
+            options.setdefault(line["implementation"], {})[model] = line["ratio_to_eager"]
+    rows = []
+    for option, found in options.items():
+        cells = [f"{r['median']:.3f} ({r['p20']:.3f} to {r['p80']:.3f})" for r in map(found.get, models)]
+        rows.append(f"| {option} | {' | '.join(cells)} |")
+    return table(f"| step with / without telemetry | {' | '.join(models)} |", rows)
+
+
 def shape_rows(lines: list[dict]) -> list[str]:
     """One row per shape of the LSTM's ops, with the share of one large product's rate that eager and the fused layer reach."""
     eager = {key(line): line for line in lines if line["implementation"] == "eager"}
@@ -219,7 +237,7 @@ def page() -> str:
             "| op | dtype | shape | fused / eager | on / off | eager / product | fused / product |",
             shape_rows(lines),
         )
-        text += [*length_rows(lines), *value_rows(lines), *watch_rows(lines)]
+        text += [*length_rows(lines), *value_rows(lines), *watch_rows(lines), *option_rows(lines)]
         text += step_table(lines)
     return "\n".join(text) + "\n"
 
