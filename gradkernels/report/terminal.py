@@ -53,6 +53,7 @@ def table(history: History, findings: Sequence[Finding], *, all: bool = False) -
         head += f", loss {snapshot.loss:.4f}"
     if snapshot.learning_rates:
         head += ", lr " + " ".join(f"{rate:.2e}" for rate in dict.fromkeys(snapshot.learning_rates))
+    head += ", skipped by the gradient scaler" if snapshot.skipped else ""
     text = [head, *summary(history, findings), *left_out(history)]
     rows = _rows(history)
     if not rows:

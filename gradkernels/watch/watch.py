@@ -227,7 +227,13 @@ class Watch:
         """The last finished step as text: a summary, then the sites; with `all` every one of them in a line of its own."""
         from gradkernels.report.terminal import table
 
-        return table(self.history, self.diagnose(), all=all)
+        history = self.history
+        if not history.snapshots and self.step_count:
+            return (
+                f"gradkernels: {self.step_count} steps have ended, and none is logged yet: in several processes that is done\n"
+                "every log_every steps, and by watch.close() in each of them"
+            )
+        return table(history, diagnose(history), all=all)
 
     def __str__(self) -> str:
         return self.table()
