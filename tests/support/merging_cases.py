@@ -199,7 +199,7 @@ def time_steps_of_other_lengths():
 
 
 def drift():
-    """A weight that differs in one process is named, and a warning says so; also one of whose elements two have changed places."""
+    """Weights that differ in one process are named, and a warning says so; one has the same elements in another order."""
     rank, model = dist.get_rank(), build()
     watch = gk.watch(model, log_every=1, desync_every=2)
     with torch.no_grad():

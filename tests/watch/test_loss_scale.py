@@ -86,7 +86,7 @@ def test_steps_that_are_skipped(order):
     assert watch.history.column("nonfinite_count", watch.sites[0].name)[2]
     assert not watch.diagnose()
     assert "skipped" not in str(watch)
-    assert "loss inf, lr 1.00e-01, skipped by the gradient scaler\n" in str(train(order, inputs=inputs[:3], steps=3))
+    assert "loss nan, lr 1.00e-01, skipped by the gradient scaler\n" in str(train(order, inputs=inputs[:3], steps=3))
     assert [finding.code for finding in train(scale=None, inputs=inputs[:3], steps=3).diagnose()] == ["NONFINITE"]
 
 
