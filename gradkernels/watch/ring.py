@@ -49,7 +49,7 @@ class Ring:
     @staticmethod
     def _scalar(value: Scalar, absent: torch.Tensor) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
-            return value.detach().to(absent).reshape(())
+            return value.detach().to(absent, non_blocking=True).reshape(())
         return absent if value is None else torch.full_like(absent, value)
 
     def step(self, number: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:

@@ -72,16 +72,56 @@ def test_cuda_graph():
         torch.testing.assert_close([row[2:] for row in found], [row[2:] for row in expected])
 
 
-def test_no_waiting():
-    """A step of training and of watching never waits for the device."""
+def test_steps_that_end_in_a_cuda_graph():
+    """Capture and replay need nothing from the user: each replay is a step of its own in the history, with its loss."""
+    torch.manual_seed(0)
     model, x = make_model(), torch.randn(32, 64, device="cuda")
-    watch = gk.watch(model)
-    model(x).square().mean().backward()
-    watch.step()
+    watch = gk.watch(model, history=6, log_every=2)
+
+    def step():
+        loss = model(x).square().mean()
+        loss.backward()
+        watch.step(loss)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for scale in range(1, 6):
+        x.mul_(scale)
+        graph.replay()
+    x.fill_(1.0)
+    step()
+    history = watch.history
+    assert list(history.steps) == [4, 5, 6, 7, 8, 9]
+    expected = model(x).square().mean().item()
+    torch.testing.assert_close(history.snapshots[-1].loss, expected)
+    losses = [snapshot.loss for snapshot in history.snapshots]
+    assert len(set(losses)) == len(losses) == 6
+    norms = history.column("norm", watch.sites[0].name)
+    assert len(set(norms)) == 6
+    assert (history.column("observation_count", watch.sites[0].name) == 1).all()
+
+
+def test_no_waiting():
+    """A step of training and of watching never waits for the device, nor does one that is logged."""
+    model, x = make_model(), torch.randn(32, 64, device="cuda")
+    watch = gk.watch(model, log_every=2)
+    for _ in range(4):
+        loss = model(x).square().mean()
+        loss.backward()
+        watch.step(loss)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(x).square().mean().backward()
-        watch.step()
+        for _ in range(6):
+            loss = model(x).square().mean()
+            loss.backward()
+            watch.step(loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradkernels as gk
 from gradkernels.telemetry.fields import FIELDS, NONFINITE, NUMEL
 
-STEPS, BATCH, T, D = 4, 8, 5, 12
+STEPS, BATCH, T, D = 4, 32, 5, 12
 OF_ACTIVATIONS = ("dy", "dx", "dskip", "dbranch", "dnew_residual")
 COUNTS = ("numel", "nonfinite_count", "zero_count")
 
@@ -287,9 +287,9 @@ def two_watches():
 
 CASES = {
     "DDP": data_parallel,
-    "DDP, accumulation": lambda: data_parallel(accumulate=2),
+    "DDP, accumulation": lambda: data_parallel(accumulate=8),
     "DDP, scaler": lambda: data_parallel(scaler=10),
-    "DDP, accumulation and scaler": lambda: data_parallel(accumulate=2, scaler=16),
+    "DDP, accumulation and scaler": lambda: data_parallel(accumulate=8, scaler=16),
     "DDP, gradients as views": lambda: data_parallel(gradient_as_bucket_view=True),
     "DDP, static graph": lambda: data_parallel(static_graph=True),
     "FSDP": fully_sharded,

@@ -19,7 +19,7 @@ import gradkernels as gk
 ORDERS = ("update first", "step first", "in turns")
 
 
-def train(order="update first", scale=2.0**12, steps=5, inputs=None, watch=None, **options):
+def train(order="update first", scale=2.0**12, steps=5, inputs=None, accumulate=1, **options):
     """The history of a run with a scaler whose scale doubles in every step that it does not skip; None: without one."""
     torch.manual_seed(0)
     model = Blocks()
@@ -27,8 +27,9 @@ def train(order="update first", scale=2.0**12, steps=5, inputs=None, watch=None,
     scaler = None if scale is None else GradScaler("cpu", init_scale=scale, growth_interval=1)
     watch = gk.watch(model, optimizer, scaler, **options)
     for step in range(steps):
-        loss = model(X if inputs is None else inputs[step]).square().mean()
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        for x in (X if inputs is None else inputs[step]).chunk(accumulate):
+            loss = model(x).square().mean() / accumulate
+            (loss if scaler is None else scaler.scale(loss)).backward()
         if scaler is None:
             optimizer.step()
         else:
@@ -179,3 +180,17 @@ def test_a_new_scale_by_hand():
         scaler.update(scale)
         watch.step()
     assert [snapshot.loss_scale for snapshot in watch.history.snapshots] == [4.0, 16.0]
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**8])
+@pytest.mark.parametrize("order", ORDERS)
+def test_micro_batches_are_one_batch(order, scale):
+    """Eight parts of a batch, whose losses are divided by eight, are what the whole batch is; calls alone are counted apart."""
+    whole, parts = (train(order, scale, inputs=[torch.cat([X] * 8)] * 5, accumulate=count) for count in (1, 8))
+    for site in whole.sites:
+        for field in ("norm", "rms", "abs_max", "numel", "nonfinite_count", "zero_count"):
+            for port in set(site.ports) - {"dweight", "dbias"}:
+                found, expected = (watch.history.column(field, site.name, port) for watch in (parts, whole))
+                np.testing.assert_allclose(found, expected, rtol=1e-5 if field in ("norm", "rms", "abs_max") else 0)
+        calls = parts.history.column("observation_count", site.name)
+        assert set(calls / whole.history.column("observation_count", site.name)) == {8.0}
