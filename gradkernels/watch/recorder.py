@@ -107,20 +107,12 @@ class Recorder:
         return group
 
     def _batch(self, steps: list[Ended]) -> Batch:
-        """The values of steps on the device of the first table."""
+        """The values of steps on one device: of a table that is not on a CPU, where there is one."""
         takens = [step.taken for step in steps]
-        device = takens[0].rows[0][1].device
+        devices = [rows.device for taken in takens for _, rows in taken.rows]
+        device = next((own for own in devices if own.type != "cpu"), torch.device("cpu"))
         values = torch.stack([values_of(taken.rows, self.tables.num_rows).to(device) for taken in takens])
-        scalars = torch.stack(
-            [
-                torch.as_tensor(
-                    taken.scalars if isinstance(taken.scalars, torch.Tensor) else _numbers(taken.scalars),
-                    dtype=torch.float64,
-                    device=device,
-                )
-                for taken in takens
-            ]
-        )
+        scalars = torch.stack([_as_tensor(taken.scalars, device) for taken in takens])
         times = [[table.to(device) for table in tables] for tables in zip(*(taken.times for taken in takens), strict=True)]
         return Batch(values, scalars, times)
 
@@ -149,6 +141,12 @@ def _numbers(scalars: torch.Tensor | tuple[Scalar, ...]) -> list[float]:
     if isinstance(scalars, torch.Tensor):
         return scalars.tolist()
     return [absent if value is None else float(value) for value, absent in zip(scalars, ABSENT, strict=True)]
+
+
+def _as_tensor(scalars: torch.Tensor | tuple[Scalar, ...], device: torch.device) -> torch.Tensor:
+    """The scalars of a step on a device, which is not waited for where they lie in a ring."""
+    given = scalars if isinstance(scalars, torch.Tensor) else _numbers(scalars)
+    return torch.as_tensor(given, dtype=torch.float64, device=device)
 
 
 def _to_host(batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
