@@ -108,7 +108,7 @@ class Autograd:
     """The gradients at the sites of a plain model: {(site, port): [one for each backward call]}, and those of time steps.
 
     Each layer that has a fused one runs on copies of its input and parameters, so that dx and dweight are that call's alone.
-    A fused backward computes the gradients of all its parameters where one is wanted, and a LayerNorm's its dx in any case.
+    The fused backward of a LayerNorm computes dx in any case.
     """
 
     def __init__(self, net, probes=None, layers=(nn.LayerNorm, nn.GELU, nn.LSTM)):
@@ -129,9 +129,8 @@ class Autograd:
     def _layer(self, name, module, forward, x):
         x = x * 1
         values = {key: parameter * 1 for key, parameter in module.named_parameters()}
-        if any(value.requires_grad for value in values.values()):
-            for tensor in (*values.values(), *((x,) if isinstance(module, nn.LayerNorm) else ())):
-                tensor.requires_grad_()
+        if isinstance(module, nn.LayerNorm) and any(value.requires_grad for value in values.values()):
+            x.requires_grad_()
         if isinstance(module, nn.LSTM):
             name += ".l0"
             y = self._lstm(name, x, *values.values())
