@@ -129,8 +129,8 @@ def converted(mesh):
 
 def watched(mesh):
     """Each process has the records of its own part: half the tokens at a norm, half the channels between the linear layers."""
-    ours = gk.convert(network())
-    watch = gk.watch(ours)
+    ours, groups = gk.convert(network()), [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    watch = gk.watch(ours, process_group=groups[dist.get_rank()])
     check_network(mesh, ours, watch.step)
     numel = {(record.site, record.port): record.numel for record in watch.records()}
     expected = {"dy": B * D, "dx": B * D, "dweight": D, "dbias": D}
@@ -140,7 +140,7 @@ def watched(mesh):
 
 
 def watched_in_one_process(mesh):
-    """Telemetry communicates nothing, so the other process need not take part."""
+    """Measuring communicates nothing, so the other process need not take part until steps are merged."""
     ours = gk.convert(network())
     if dist.get_rank() == 0:
         gk.watch(ours)
