@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradkernels as gk
 from gradkernels.telemetry.fields import FIELDS, NUM_NORMS, TIME_FIELDS
+from gradkernels.watch import tables
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 MAX, SUM = dist.ReduceOp.MAX, dist.ReduceOp.SUM
@@ -83,6 +84,23 @@ def test_reading_sends_nothing(calls):
     watch.step()
     print(watch, watch.diagnose(), watch.coverage(), watch.records(), watch.history)
     assert calls == []
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_closing_logs_the_steps_of_replays(calls, monkeypatch, reads):
+    """Whether this process has read before or not: another one may have, and all must send the same."""
+    monkeypatch.setattr(tables, "has_ring", lambda table: not table.is_meta)
+    watch = gk.watch(Norms(), log_every=4)
+    ((*_, ring),) = watch._run.tables._rings
+    watch._run.tables.captured = True
+    for _ in range(3):
+        ring.put((None, None, None))
+        ring.ended -= 1  # as in a replay, in which no Python runs
+    if reads:
+        assert not watch.history.snapshots
+    watch.close()
+    assert [op for op, *_ in calls] == [MAX, MAX, SUM]
+    assert list(watch.history.steps) == [1, 2, 3]
 
 
 def test_desync_sends_two_integers_a_parameter(calls):
