@@ -69,13 +69,13 @@ def merge(batch: Batch, group: dist.ProcessGroup) -> Batch:
     batch.divide(torch.full_like(batch.scalars[:, 0], size))
     steps_seen = [table[0, 0] for tables in batch.times for table in tables]
     largest = _reduced([batch.values[..., ABS_MAX], batch.scalars[:, 1:], *steps_seen], dist.ReduceOp.MAX, group)
-    seen = largest[2:]
     tables = [table for tables in batch.times for table in tables]
-    squares = [_squared(_of_length(table, steps)) for table, steps in zip(tables, seen, strict=True)]
+    lengths = [int(steps) for steps in torch.stack(largest[2:]).tolist()] if tables else []  # waits for a device
+    squares = [_squared(_of_length(table, steps)) for table, steps in zip(tables, lengths, strict=True)]
     losses = batch.scalars[:, 0] / size
     values, losses, *squares = _reduced([batch.values, losses, *squares], dist.ReduceOp.SUM, group)
     values[..., ABS_MAX] = largest[0]
-    tables = [_rooted(table, steps) for table, steps in zip(squares, seen, strict=True)]
+    tables = [_rooted(table, steps) for table, steps in zip(squares, lengths, strict=True)]
     each = len(batch.values)
     times = [tables[first : first + each] for first in range(0, len(tables), each)]
     return Batch(values, torch.cat([losses[:, None], largest[1]], 1), times)
@@ -89,12 +89,10 @@ def _reduced(parts: list[torch.Tensor], op: dist.ReduceOp, group: dist.ProcessGr
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def _of_length(table: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """A table of `steps` time steps, as many as the longest of any process; on a GPU all have the same room."""
-    if not table.is_cpu:
-        return table
-    missing = 1 + int(steps) - len(table)
-    return torch.cat([table, table.new_zeros(missing, table.shape[1])]) if missing > 0 else table[: 1 + int(steps)]
+def _of_length(table: torch.Tensor, steps: int) -> torch.Tensor:
+    """A table of `steps` time steps, as many as the longest of any process: tables have room for what their own has seen."""
+    missing = 1 + steps - len(table)
+    return torch.cat([table, table.new_zeros(missing, table.shape[1])]) if missing > 0 else table[: 1 + steps]
 
 
 def _squared(table: torch.Tensor) -> torch.Tensor:
@@ -105,7 +103,7 @@ def _squared(table: torch.Tensor) -> torch.Tensor:
     return torch.cat([table[0], torch.cat([*(part.square() for part in parts), counts], 1).flatten()])
 
 
-def _rooted(squared: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+def _rooted(squared: torch.Tensor, steps: int) -> torch.Tensor:
     """The table that `_squared` has taken apart. steps: of the longest backward."""
     fields = len(TIME_FIELDS)
     widths = [NUM_NORMS] * 3 + [fields - NUM_NORMS]

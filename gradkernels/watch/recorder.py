@@ -63,6 +63,8 @@ class Recorder:
 
         Where the group is gone, nobody can be asked for the other parts of these steps: they are left out.
         """
+        if self.tables.captured:
+            self._catch_up()
         self._settle()
         self.num_logs += 1
         steps, self._ended = self._ended, []

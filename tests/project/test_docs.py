@@ -25,7 +25,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MAX_COLUMNS, MAX_README_LINES = 120, 100
 OUTPUT = "text"  # blocks that show what is printed, or drawn
 MAY_CLONE = ("git clone", "cd ")
-FOLDERS = ("gradkernels", "csrc", "tests", "benchmarks", "docs")
+FOLDERS = ("gradkernels", "csrc", "tests", "benchmarks", "docs", "examples")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # what torchrun says to one process
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
@@ -87,6 +88,8 @@ def check_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cli.main(words[1:]) == 0, command
     elif words[:2] == ["python", "-m"]:
         assert find_spec(words[2]) is not None, command
+    elif words[0] in ("python", "torchrun"):
+        assert (ROOT / words[-1]).is_file(), command
     elif words[:3] == ["pip", "install", "-e"]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert re.fullmatch(rf"\.(\[({'|'.join(extras)})\])?", words[3]), command
@@ -108,12 +111,20 @@ def test_blocks_say_what_they_are(page: Path) -> None:
 
 @every_page
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "init_process_group(" in page.read_text() and not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
     monkeypatch.chdir(tmp_path)
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
     torch.manual_seed(0)
     scope = preamble()
-    for number, (language, text) in enumerate(blocks(page)):
-        if language == "python":
-            exec(compile(text, f"{page.name}, block {number}", "exec"), scope)
+    try:
+        for number, (language, text) in enumerate(blocks(page)):
+            if language == "python":
+                exec(compile(text, f"{page.name}, block {number}", "exec"), scope)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @every_page

@@ -217,6 +217,31 @@ def test_steps_between_replays(in_rings):
     assert found == {step: float(step) for step in range(6, 12)}
 
 
+@pytest.mark.parametrize("log_every", [1, 3, 8])
+def test_sequences_that_are_longer_than_before(log_every, monkeypatch):
+    """The table of an LSTM's time steps grows beyond its first room while steps wait in the ring."""
+
+    def trained():
+        torch.manual_seed(0)
+        watch = gk.watch(net := nn.LSTM(4, 4, batch_first=True), log_every=log_every)
+        for length in (6, 300, 6, 300, 700):
+            total(net(torch.randn(2, length, 4))[0]).backward()
+            watch.step()
+        return watch
+
+    expected = trained()
+    monkeypatch.setattr(tables, "has_ring", lambda table: not table.is_meta)
+    found = trained()
+    profiles = [profile for step in range(1, 6) for profile in found.history.time_profiles(step=step)]
+    assert [profile.steps for profile in profiles] == [6, 300, 6, 300, 700]
+    for ours, theirs in zip(found.history.snapshots, expected.history.snapshots, strict=True):
+        np.testing.assert_array_equal(ours.values, theirs.values)
+        for name, rows in theirs.time_values.items():
+            length = 1 + int(rows[0, 0])
+            np.testing.assert_array_equal(ours.time_values[name][:length], rows[:length])
+            assert rows[1:length].any(1).all()
+
+
 def test_memory_stays_where_it_is(in_rings):
     """A ring is one block of memory: steps write where others were."""
     watch = run(3, history=4, log_every=2)
