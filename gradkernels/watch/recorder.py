@@ -48,6 +48,8 @@ class Recorder:
         """Enqueues a step; whether that made it a logging step. scalars: see Ring, None where there is none."""
         if self.tables.captured:
             self._catch_up()
+            if len(self._ended) >= self.log_every:
+                self.log()  # before their slots are written over
         taken = self.tables.take(scalars)
         if taken is None:
             return False

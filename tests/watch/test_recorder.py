@@ -268,3 +268,18 @@ def test_rows_are_taken_as_they_are():
     rows = torch.empty(2, len(FIELDS), dtype=torch.float64)
     take_rows(table, rows)
     assert rows[1].tolist() == list(range(1, 1 + len(FIELDS)))
+
+
+def test_what_replays_have_written_over_is_no_step(tmp_path, in_rings):
+    """Neither a step that waited in the ring to be logged, nor, without a reading between, one that took its slot."""
+    watch = run(1, history=4, log_every=4, run_dir=tmp_path)
+    ((*_, ring),) = watch._run.tables._rings
+    watch._run.tables.captured = True
+    for step in range(2, 8):
+        ring.put((torch.tensor(float(step)), None, None))
+        ring.ended -= 1
+    for step in (8, 9):
+        watch.step(torch.tensor(float(step)))
+    watch.close()
+    loaded = gk.History.load(tmp_path)
+    assert {snapshot.step: snapshot.loss for snapshot in loaded.snapshots} == {step: float(step) for step in range(4, 10)}
