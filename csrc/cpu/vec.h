@@ -63,14 +63,14 @@ static GK_INLINE F load(const c10::Half* p) {
 
 static GK_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof(v)); }
 static GK_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
-static GK_INLINE Lanes<float>::half_bits narrow(F v, c10::BFloat16) {
+static GK_INLINE Lanes<float>::half_bits downcast(F v, c10::BFloat16) {
   typedef Lanes<float>::bits Bits;
   const Bits bits = (Bits)v;
   Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);  // nearest, ties to even
   rounded = v == v ? rounded : Bits{} + 0x7fc00000u;
   return __builtin_convertvector(rounded >> 16, Lanes<float>::half_bits);
 }
-static GK_INLINE Lanes<float>::half_bits narrow(F v, c10::Half) {
+static GK_INLINE Lanes<float>::half_bits downcast(F v, c10::Half) {
 #if GK_VECTOR_BYTES == 64
   return (Lanes<float>::half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif GK_VECTOR_BYTES == 32
@@ -83,7 +83,7 @@ static GK_INLINE Lanes<float>::half_bits narrow(F v, c10::Half) {
 }
 template <typename T>
 static GK_INLINE void store(T* p, F v) {
-  const auto stored = narrow(v, T());
+  const auto stored = downcast(v, T());
   __builtin_memcpy((void*)p, &stored, sizeof(stored));
 }
 
@@ -194,7 +194,7 @@ struct Part {
   GK_INLINE void store(double* p, Vec<double> v) const { _mm512_mask_storeu_pd(p, (__mmask8)lanes, (__m512d)v); }
   template <typename U>
   GK_INLINE void store(U* p, F v) const {
-    _mm256_mask_storeu_epi16(p, (__mmask16)lanes, (__m256i)narrow(v, U()));
+    _mm256_mask_storeu_epi16(p, (__mmask16)lanes, (__m256i)downcast(v, U()));
   }
   GK_INLINE F keep(F v) const { return (F)_mm512_maskz_mov_ps((__mmask16)lanes, (__m512)v); }
   GK_INLINE Vec<double> keep(Vec<double> v) const { return (Vec<double>)_mm512_maskz_mov_pd((__mmask8)lanes, (__m512d)v); }

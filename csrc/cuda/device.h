@@ -101,8 +101,8 @@ GK_DEVICE float power_of_two(int exponent) { return ldexpf(1.0f, exponent); }
 GK_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 GK_DEVICE float upcast(Bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 GK_DEVICE float upcast(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-GK_DEVICE void narrow(float x, Bfloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-GK_DEVICE void narrow(float x, Half& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+GK_DEVICE void downcast(float x, Bfloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+GK_DEVICE void downcast(float x, Half& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
 
 #else
 
@@ -129,8 +129,8 @@ float power_of_two(int exponent);
 uint32_t bits_of(float x);
 float upcast(Bfloat16 x);
 float upcast(Half x);
-void narrow(float x, Bfloat16& y);
-void narrow(float x, Half& y);
+void downcast(float x, Bfloat16& y);
+void downcast(float x, Half& y);
 
 #endif
 

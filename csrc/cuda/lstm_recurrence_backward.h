@@ -150,7 +150,7 @@ struct BackwardCells {
       dc[i] = dc_total * f;
       T v[4];
       GK_UNROLL
-      for (int gate = 0; gate < 4; ++gate) device::narrow(dg[i][gate], v[gate]);
+      for (int gate = 0; gate < 4; ++gate) device::downcast(dg[i][gate], v[gate]);
       const Pairs pairs = {v[0].bits | uint32_t{v[1].bits} << 16, v[2].bits | uint32_t{v[3].bits} << 16};
       *reinterpret_cast<Pairs*>(reinterpret_cast<uint16_t*>(double_buffer) + unit_row.double_buffer) = pairs;
     }
@@ -183,7 +183,7 @@ struct BackwardCells {
       GK_UNROLL
       for (int gate = 0; gate < 4; ++gate) {
         T v;
-        device::narrow(dg[i][gate] * unscale, v);
+        device::downcast(dg[i][gate] * unscale, v);
         p.dgates[((step.first + unit_row.row) * 4 + gate) * p.recurrence.H + unit_row.unit] = v.bits;
       }
     }

@@ -58,7 +58,7 @@ GK_DEVICE void forward_cell(const Tiling& tiling, const float* sums, const UnitR
   x[3] = sigmoid(x[3]);
   c = x[1] * c + x[0] * x[2];
   T out;
-  device::narrow(x[3] * device::hyperbolic_tangent(c), out);
+  device::downcast(x[3] * device::hyperbolic_tangent(c), out);
   h = out.bits;
 }
 

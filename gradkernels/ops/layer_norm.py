@@ -65,14 +65,14 @@ def layer_norm_bwd_reference(
     where they are not wanted or there is no such parameter.
     """
     dims, rows = normalized_dims(num_dims), tuple(range(x.dim() - num_dims))
-    wide_dy, x_hat = upcast(dy), (upcast(x) - mean) * rstd
-    g = wide_dy if weight is None else wide_dy * weight
+    dy_upcast, x_hat = upcast(dy), (upcast(x) - mean) * rstd
+    g = dy_upcast if weight is None else dy_upcast * weight
     dx = rstd * (g - g.mean(dims, keepdim=True) - x_hat * (g * x_hat).mean(dims, keepdim=True))
     dweight = dbias = None
     if output_mask[1] and weight is not None:
-        dweight = ((wide_dy * x_hat).sum(rows) if rows else wide_dy * x_hat).to(weight.dtype).contiguous()
+        dweight = ((dy_upcast * x_hat).sum(rows) if rows else dy_upcast * x_hat).to(weight.dtype).contiguous()
     if output_mask[2] and bias is not None:
-        dbias = (wide_dy.sum(rows).to(bias.dtype) if rows else wide_dy.to(bias.dtype, copy=True)).contiguous()
+        dbias = (dy_upcast.sum(rows).to(bias.dtype) if rows else dy_upcast.to(bias.dtype, copy=True)).contiguous()
     return or_empty(x, dx.to(x.dtype).contiguous(), dweight, dbias)
 
 

@@ -62,12 +62,12 @@ def lstm_cell_bwd_reference(
     and dc, which are measured, come in any case.
     """
     i, f, g, _ = gates.chunk(4, -1)
-    wide_c = upcast(c)
-    m = (f * wide_c + i * g).tanh()
-    wide_dh = torch.zeros_like(m) if dh_next is None else upcast(dh_next)
-    dg, _, wide_dc = step_backward(wide_dh, 0 if dc_next is None else upcast(dc_next), gates, m, wide_c)
+    c_upcast = upcast(c)
+    m = (f * c_upcast + i * g).tanh()
+    dh_upcast = torch.zeros_like(m) if dh_next is None else upcast(dh_next)
+    dg, _, dc_upcast = step_backward(dh_upcast, 0 if dc_next is None else upcast(dc_next), gates, m, c_upcast)
     dx = (dg @ upcast(weight_ih)).to(x.dtype) if output_mask[0] else None
-    dh, dc = (dg @ upcast(weight_hh)).to(x.dtype), wide_dc.to(x.dtype)
+    dh, dc = (dg @ upcast(weight_hh)).to(x.dtype), dc_upcast.to(x.dtype)
     of_weights = ((dg.mT @ upcast(t)).to(x.dtype) if want else None for t, want in zip((x, h), output_mask[3:5], strict=True))
     of_biases = (dg.sum(0).to(x.dtype) if want and bias_ih is not None else None for want in output_mask[5:7])
     return or_empty(x, dx, dh, dc, *of_weights, *of_biases)

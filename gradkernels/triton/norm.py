@@ -151,13 +151,13 @@ def load_weight(weight_ptr, cols, N: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_dh(wide, dh_ptr, dx_ptr, at, mask):
+def store_dh(dh_upcast, dh_ptr, dx_ptr, at, mask):
     """Stores dh, and dx, the same in x's dtype, where x gets its own; returns dh as stored, in the accumulator's dtype."""
-    dh = wide.to(dh_ptr.dtype.element_ty)
+    dh = dh_upcast.to(dh_ptr.dtype.element_ty)
     tl.store(dh_ptr + at, dh, mask)
     if dx_ptr is not None:
-        tl.store(dx_ptr + at, wide.to(dx_ptr.dtype.element_ty), mask)
-    return tl.where(mask, dh.to(wide.dtype), 0.0)
+        tl.store(dx_ptr + at, dh_upcast.to(dx_ptr.dtype.element_ty), mask)
+    return tl.where(mask, dh.to(dh_upcast.dtype), 0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
@@ -209,13 +209,13 @@ def norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + row, row < num_rows, other=0.0)[:, None]
         dy, x_hat, g = load_g(dy_ptr, h_ptr, weight, rows * stride_dym + cols, rows * stride_hm + cols, mean, rstd, mask)
         sum_g, sum_gx = tl.reduce((g, g * x_hat), 1, _add_pairs)
-        wide = rstd * (g - (sum_g / N)[:, None] - x_hat * (sum_gx / N)[:, None])
+        dh_upcast = rstd * (g - (sum_g / N)[:, None] - x_hat * (sum_gx / N)[:, None])
         if dnew_residual_ptr is not None:
             dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
-            wide += dnew_residual
+            dh_upcast += dnew_residual
             if stats_ptr is not None:
                 dnew_residual_acc = accumulate(dnew_residual_acc, dnew_residual, ELEMENTS_PER_ACCESS)
-        dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
+        dh = store_dh(dh_upcast, dh_ptr, dx_ptr, at, mask)
         if DWEIGHT:
             dweight += dy * x_hat
         if DBIAS:
@@ -292,13 +292,13 @@ def norm_bwd_looped_kernel(
             cols = column[None, :]
             mask, at, weight = (rows < num_rows) & (cols < N), rows * N + cols, load_weight(weight_ptr, cols, N, dtype)
             dy, x_hat, g = load_g(dy_ptr, h_ptr, weight, rows * stride_dym + cols, rows * stride_hm + cols, mean, rstd, mask)
-            wide = rstd * (g - (sum_g / N)[:, None] - x_hat * (sum_gx / N)[:, None])
+            dh_upcast = rstd * (g - (sum_g / N)[:, None] - x_hat * (sum_gx / N)[:, None])
             if dnew_residual_ptr is not None:
                 dnew_residual = tl.load(dnew_residual_ptr + rows * stride_drm + cols, mask, other=0.0).to(dtype)
-                wide += dnew_residual
+                dh_upcast += dnew_residual
                 if stats_ptr is not None:
                     dnew_residual_acc = accumulate(dnew_residual_acc, dnew_residual, ELEMENTS_PER_ACCESS)
-            dh = store_dh(wide, dh_ptr, dx_ptr, at, mask)
+            dh = store_dh(dh_upcast, dh_ptr, dx_ptr, at, mask)
             if stats_ptr is not None:
                 dh_acc = accumulate(dh_acc, dh, ELEMENTS_PER_ACCESS)
                 if dy_ptr is not None:
@@ -356,9 +356,9 @@ def norm_finalize_kernel(
 
 
 @triton.jit
-def finish_column(wide, ptr, stats_ptr, port, num_slots, column, mask, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def finish_column(total, ptr, stats_ptr, port, num_slots, column, mask, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Stores a block of dweight or dbias and counts it: there is little of it, so exactly."""
-    value = wide.to(ptr.dtype.element_ty)
+    value = total.to(ptr.dtype.element_ty)
     tl.store(ptr + column, value, mask)
     if stats_ptr is not None:
         seen = tl.minimum(N - tl.program_id(0) * BLOCK_N, BLOCK_N)

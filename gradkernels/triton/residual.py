@@ -32,18 +32,18 @@ def residual_bwd_kernel(
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
-        wide = tl.zeros([BLOCK], dtype)
+        total = tl.zeros([BLOCK], dtype)
         if HAS_DSKIP:
             dskip = tl.load(dskip_ptr + offsets, mask, other=0.0).to(dtype)
-            wide = dskip
+            total = dskip
             if TELEMETRY:
                 dskip_acc = accumulate(dskip_acc, dskip, ELEMENTS_PER_ACCESS)
         if HAS_DBRANCH:
             dbranch = tl.load(dbranch_ptr + offsets, mask, other=0.0).to(dtype)
-            wide = wide + dbranch if HAS_DSKIP else dbranch
+            total = total + dbranch if HAS_DSKIP else dbranch
             if TELEMETRY:
                 dbranch_acc = accumulate(dbranch_acc, dbranch, ELEMENTS_PER_ACCESS)
-        dx = wide.to(dx_ptr.dtype.element_ty)
+        dx = total.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offsets, dx, mask)
         if TELEMETRY:
             dx_acc = accumulate(dx_acc, dx.to(dtype), ELEMENTS_PER_ACCESS)

@@ -135,15 +135,15 @@ int backward(const Request* request, int64_t rows, const uint16_t* weight_hh, co
   return 0;
 }
 
-// Every bit pattern through narrow(upcast()), and x through narrow: for the test of this file's own conversions.
+// Every bit pattern through downcast(upcast()), and x through narrow: for the test of this file's own conversions.
 void convert(int half, int64_t count, const float* x, uint16_t* y) {
   for (int64_t k = 0; k < count; ++k) {
     Half h;
     Bfloat16 b;
     if (half)
-      device::narrow(x[k], h);
+      device::downcast(x[k], h);
     else
-      device::narrow(x[k], b);
+      device::downcast(x[k], b);
     y[k] = half ? h.bits : b.bits;
   }
 }

@@ -18,7 +18,7 @@ static std::vector<A> random_values(int64_t count, float scale, std::mt19937& ra
     if constexpr (std::is_same_v<A, float>) {
       v = x;
     } else {
-      device::narrow(x, v);
+      device::downcast(x, v);
     }
   }
   return values;

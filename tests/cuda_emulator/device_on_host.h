@@ -352,11 +352,11 @@ inline float upcast(Half x) {
   if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
   return sign * (exponent ? ldexpf(1024.0f + mantissa, exponent - 25) : ldexpf(static_cast<float>(mantissa), -24));
 }
-inline void narrow(float x, Bfloat16& y) {
+inline void downcast(float x, Bfloat16& y) {
   const uint32_t bits = bits_of(x);
   y.bits = static_cast<uint16_t>(isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline void narrow(float x, Half& y) {
+inline void downcast(float x, Half& y) {
   const uint16_t sign = bits_of(x) >> 31 << 15;
   const float magnitude = fabsf(x);
   if (!(magnitude < 65520.0f)) {

@@ -113,11 +113,11 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
   const OneThreadInForkedChild guard;
   const int64_t B = h.size(0), H = h.size(1);
   const auto dtype = x.scalar_type();
-  const Tensor c = upcast(c_any), wide_dh = upcast(dh_next), wide_dc = upcast(dc_next);
+  const Tensor c = upcast(c_any), dh_upcast = upcast(dh_next), dc_upcast = upcast(dc_next);
   const Tensor dg = at::empty(gates.sizes(), gates.options()), dc_float32 = at::empty(c.sizes(), c.options());
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "lstm_cell_bwd", [&] {
-    const CellBackward<scalar_t> p{pointer<scalar_t>(wide_dh),
-                                   pointer<scalar_t>(wide_dc),
+    const CellBackward<scalar_t> p{pointer<scalar_t>(dh_upcast),
+                                   pointer<scalar_t>(dc_upcast),
                                    pointer<scalar_t>(c),
                                    pointer<scalar_t>(gates),
                                    writable<scalar_t>(dg),

@@ -86,8 +86,8 @@ def multiply(
 @triton.jit
 def square_sum(v):
     """Squares in float64, in which no float32 is too small or too large for them; not yet added up."""
-    wide = v.to(tl.float64)
-    return (wide * wide).ravel()
+    upcast = v.to(tl.float64)
+    return (upcast * upcast).ravel()
 
 
 @triton.jit

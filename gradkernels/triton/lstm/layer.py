@@ -31,9 +31,9 @@ def lstm_layer_fwd(
     c is carried in float32, h in x's dtype, in which tensor cores multiply.
     """
     steps = Steps.of(rows_per_step(x, h0, batch_sizes), h0.shape[0], reverse, batch_sizes)
-    rows, wide = rows_of(x), upcast(c0[:0])
+    rows, like = rows_of(x), upcast(c0[:0])
     y = x.new_empty(len(rows), h0.shape[1])
-    gates, cells = (wide.new_empty(len(rows), n) for n in (len(weight_hh), c0.shape[1]))
+    gates, cells = (like.new_empty(len(rows), n) for n in (len(weight_hh), c0.shape[1]))
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
     LayerDirection(steps, weights, rows, h0, c0, y, gates, cells).forward(0, len(steps.sizes))
     h_n, c_n = last_rows(steps, y), last_rows(steps, cells)

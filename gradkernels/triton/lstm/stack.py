@@ -122,8 +122,8 @@ def saved_for(stack: Stack, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
 
     reuse: nobody looks at gates later, and a layer is done before the one above begins: two layers' room is enough for them.
     """
-    num_rows, P, H, wide = rows_of(x).shape[0], h0.shape[2], c0.shape[2], upcast(c0[:0]).dtype
-    shapes = (((*x.shape[:-1], P), x.dtype), ((num_rows, 4 * H), wide), ((num_rows, H), wide))
+    num_rows, P, H, dtype = rows_of(x).shape[0], h0.shape[2], c0.shape[2], upcast(c0[:0]).dtype
+    shapes = (((*x.shape[:-1], P), x.dtype), ((num_rows, 4 * H), dtype), ((num_rows, H), dtype))
     saved = []
     for index in range(stack.layer_directions):
         y, gates, cells = (x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
