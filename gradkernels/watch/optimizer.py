@@ -35,6 +35,12 @@ def _rates(optimizer: torch.optim.Optimizer) -> list:
     return [rate.detach().clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
 
 
+def check_scaler(scaler: GradScaler | None) -> None:
+    """Raises TypeError unless it is a scaler, or None."""
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(f"watch: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+
+
 class LossScale:
     """What a scaler does in each step of an optimizer, whichever of `scaler.update()` and the end of the step comes first.
 
@@ -42,8 +48,6 @@ class LossScale:
     """
 
     def __init__(self, scaler: GradScaler | None, optimizer: torch.optim.Optimizer | None) -> None:
-        if scaler is not None and not isinstance(scaler, GradScaler):
-            raise TypeError(f"watch: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizer = None if optimizer is None else id(optimizer)
         self._noted: Scaling | None = None  # of a step that update() has concluded and that has not ended yet

@@ -25,7 +25,7 @@ from gradkernels.watch.coverage import Coverage, coverage
 from gradkernels.watch.desync import desynced
 from gradkernels.watch.flow import Flow, hidden_state
 from gradkernels.watch.merge import check_group
-from gradkernels.watch.optimizer import LossScale, Rates
+from gradkernels.watch.optimizer import LossScale, Rates, check_scaler
 from gradkernels.watch.recorder import Recorder
 from gradkernels.watch.sites import LAYER, PROBE, RESIDUAL, Site, sites_of
 from gradkernels.watch.stacks import stacks_of
@@ -87,13 +87,13 @@ class Watch:
         _check(model, optimizer, sites)
         _check_numbers(history, log_every, desync_every)
         check_group(process_group)
-        self._scaling = LossScale(scaler, optimizer)
+        check_scaler(scaler)
         run_file = None if run_dir is None else RunFile(run_dir)
         self.model = convert(model)
         found = sites_of(model, sites)
         self._run = _Run(found, history)
         self.sites = found
-        self._rates = Rates(optimizer)
+        self._rates, self._scaling = Rates(optimizer), LossScale(scaler, optimizer)
         layers = tuple(sorted({type(module).__name__ for module in model.modules()}))
         self._history = History(layers=layers, max_steps=history)
         settings = {"sites": None if sites is None else list(sites), "history": history, "log_every": log_every}

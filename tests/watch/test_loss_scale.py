@@ -155,6 +155,9 @@ def test_the_scaler_of_another_optimizer():
 def test_a_scaler_is_what_it_was():
     """Copies and pickles of a watched one are of its own class, and it is itself again when the last Watch is gone."""
     scaler = GradScaler("cpu", init_scale=8.0)
+    with pytest.raises(ValueError, match="sites must match modules"):
+        gk.watch(Blocks(), None, scaler, sites=["none such"])
+    assert type(scaler) is GradScaler
     watches = [gk.watch(Blocks(), None, scaler) for _ in range(2)]
     assert isinstance(scaler, GradScaler)
     scaler.scale(torch.ones(1))
