@@ -114,12 +114,15 @@ def in_graphs(call: Call, count: int) -> Call:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """TF32 for float32 products and for cuDNN, or for neither."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    before, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
-        yield
+        with cudnn.flags(
+            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=allowed
+        ):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

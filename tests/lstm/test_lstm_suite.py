@@ -162,7 +162,8 @@ def _train_one_of_two(rank, path, batches, state, outcome):
     model = gk.LSTM(5, 6, 2)
     model.load_state_dict(state)
     parallel = nn.parallel.DistributedDataParallel(model)
-    watch = gk.watch(parallel)
+    groups = [dist.new_group([other]) for other in range(2)]
+    watch = gk.watch(parallel, process_group=groups[rank])
     parallel(batches[rank])[0].square().mean().backward()
     watch.step()
     outcome[rank] = ([p.grad for p in model.parameters()], [p.dc for p in watch.time_profile()])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import SHARED, run, run_tests, tests_of
+from processes import SHARED, run, run_tests, selection_of
 
 import gradkernels
 from gradkernels.ops import OPS
@@ -23,7 +23,7 @@ def test_import_without_extension():
 @pytest.mark.parametrize("op", OPS)
 def test_ops_without_extension(op):
     """Forward, gradients, statistics, double backward, vmap and torch.compile of the reference implementation."""
-    files, names = tests_of(op, OPS)
+    files, names = selection_of(op, OPS)
     run_tests("-p", "without_extension", *files, "-k", f"{names} and not inductor and not tails and not threads")
 
 
@@ -33,7 +33,7 @@ def test_shared_tests_on_triton(op):
     """The tests that every op shares, on the Triton kernels; test_triton.py runs those that are an op's own."""
     pytest.importorskip("triton")
     names = "not inductor and not threads and not gradcheck" + " and not transforms" * (op == "lstm_layer")
-    run_tests("-p", "on_triton", *SHARED, "-W", "ignore", "-k", f"{tests_of(op, OPS)[1]} and {names}")
+    run_tests("-p", "on_triton", *SHARED, "-W", "ignore", "-k", f"{selection_of(op, OPS)[1]} and {names}")
 
 
 def test_shared_memory_without_extension():

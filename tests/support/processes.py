@@ -28,7 +28,7 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-def tests_of(op, ops):
+def selection_of(op, ops):
     """(files, -k): the files of an op's tests, its own and those that all `ops` share, and what picks its tests out of them."""
     longer = [other for other in ops if op in other and other != op]
     return (f"test_{op}.py", *SHARED), " and not ".join([op, *longer])
