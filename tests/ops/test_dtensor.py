@@ -1,6 +1,5 @@
 """Ops and layers on DTensors, in two processes that run every case of dtensor_cases.py."""
 
-import json
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ if not torch.distributed.is_available():
 
 from dtensor_cases import CASES
 from processes import environment_of
+from ranks import check_case, failures
 from torch.distributed.tensor import DTensor
 
 from gradkernels.sharding import RULES
@@ -31,23 +31,12 @@ LOADED = "import sys, torch, gradkernels; print('{}' in sys.modules, 'gradkernel
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
     """{case: traceback} of each process."""
-    folder = tmp_path_factory.mktemp("ranks")
-    plugin = "import without_extension; " if "without_extension" in sys.modules else ""
-    start = f"{plugin}import sys; from dtensor_cases import main; main(int(sys.argv[1]), sys.argv[2])"
-    ranks = [subprocess.Popen([sys.executable, "-c", start, str(rank), str(folder)], env=environment_of()) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [json.loads((folder / f"failed_{rank}.json").read_text()) for rank in range(2)]
+    return failures("dtensor_cases", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(failed, case):
-    for rank, of_rank in enumerate(failed):
-        if case in of_rank:
-            pytest.fail(f"in process {rank}: {of_rank[case]}", pytrace=False)
+    check_case(failed, case)
 
 
 def test_every_op_has_a_rule():

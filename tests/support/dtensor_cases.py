@@ -1,15 +1,10 @@
-"""What test_dtensor.py checks, in the two processes that it starts: `main(rank, folder)` runs every case in each of them.
+"""What test_dtensor.py checks, in the two processes that it starts: `main` runs every case in each of them.
 
 A case is a function of the mesh that raises where something is wrong. Both processes draw the same numbers, so each knows the
 whole tensors that its own parts are of.
 """
 
 import copy
-import datetime
-import json
-import pathlib
-import traceback
-import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from dtensor_ops import VARIANTS, B, D, H, P, T, check_op, spread
+from ranks import run_cases
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_module, distribute_tensor
@@ -245,18 +241,6 @@ ALONE = (
 CASES.update({case.__name__: case for case in ALONE})
 
 
-def main(rank, folder):
-    """Runs every case and writes what failed into `folder`, as {case: traceback}."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", meeting, timeout=datetime.timedelta(seconds=20), rank=rank, world_size=2)
-    mesh, failed = init_device_mesh("cpu", (2,)), {}
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        try:
-            case(mesh)
-        except Exception:
-            failed[name] = traceback.format_exc()
-    pathlib.Path(folder, f"failed_{rank}.json").write_text(json.dumps(failed))
-    dist.destroy_process_group()
+def main(rank, size, folder):
+    """Runs every case as one of the processes of a mesh."""
+    run_cases(CASES, rank, size, folder, lambda: (init_device_mesh("cpu", (size,)),))

@@ -1,16 +1,13 @@
 """Training in several processes: what a Watch has merged, against one process with the whole batch. See test_merge.py."""
 
-import json
-import sys
-import traceback
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_cases
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -312,19 +309,5 @@ CASES = {
 
 
 def main(rank, size, folder):
-    """Runs every case as one of `size` processes that meet in a file of `folder`; writes what failed there."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    failed = {}
-    for name, case in CASES.items():
-        try:
-            case()
-        except Exception:
-            failed[name] = traceback.format_exc()
-        dist.barrier()
-    (Path(folder) / f"failed_{rank}.json").write_text(json.dumps(failed))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    """Runs every case as one of `size` processes."""
+    run_cases(CASES, rank, size, folder)
