@@ -46,10 +46,9 @@ class Recorder:
 
     def end_step(self, rates: Sequence[Any], scalars: Sequence[Scalar]) -> bool:
         """Enqueues a step; whether that made it a logging step. scalars: see Ring, None where there is none."""
-        if self.tables.captured:
-            self._catch_up()
-            if len(self._ended) >= self.log_every:
-                self.log()  # before their slots are written over
+        self._catch_up()
+        if len(self._ended) >= self.log_every:  # steps of replays: before their slots are written over
+            self.log()
         taken = self.tables.take(scalars)
         if taken is None:
             return False
@@ -65,8 +64,7 @@ class Recorder:
 
         Where the group is gone, nobody can be asked for the other parts of these steps: they are left out.
         """
-        if self.tables.captured:
-            self._catch_up()
+        self._catch_up()
         self._settle()
         self.num_logs += 1
         steps, self._ended = self._ended, []
@@ -89,14 +87,17 @@ class Recorder:
 
     def read(self) -> None:
         """Hands over what has ended, and waits for it."""
-        self._catch_up()
         if self._merging() is None:
             self.log()
+        else:
+            self._catch_up()
         self._settle()
         self._keep([])
 
     def _catch_up(self) -> None:
-        """Adds the steps that replays of a captured graph have ended, which nobody told the host of. Waits for the device."""
+        """Adds the steps that replays of a captured graph have ended, which nobody told the host of: then it waits for the device."""
+        if not self.tables.captured:
+            return
         count, takens = self.tables.replayed()
         overwritten = max(0, len(self._ended) + count - self.tables.num_steps) if count else 0
         self._ended = self._ended[overwritten:]

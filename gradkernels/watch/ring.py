@@ -24,8 +24,8 @@ class Ring:
         self.table, self.time_tables = table, list(time_tables)
         self.ended = 0  # steps that the host knows of; `count` has those of replays too
         self.widths = [len(table) * len(FIELDS), *(own.numel() for own in time_tables), SCALARS]
+        self.values = self._room(num_steps)
         with torch.inference_mode(False):
-            self.values = self._room(num_steps)
             self.count = torch.zeros(1, dtype=torch.int64, device=table.device)
             self._absent = torch.tensor(ABSENT, dtype=torch.float64, device=table.device).unbind()
 

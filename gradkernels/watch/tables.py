@@ -49,8 +49,9 @@ class Tables:
             self.num_rows += len(site.ports)
         self._timed = [site for site in self.sites if isinstance(site.module, LSTM)]
         self._left: Taken = []  # by tables that a model has moved away from, since the last take
-        self._tables: list[tuple[list[int], torch.Tensor]] = []
-        self._rings: list[tuple[list[int], list[Site], Ring]] = []  # of those that are not on a CPU, with their LSTMs
+        self._on_cpu: list[tuple[list[int], torch.Tensor]] = []
+        self._timed_on_cpu: list[Site] = []
+        self._rings: list[tuple[list[int], list[Site], Ring]] = []  # of tables that are not on a CPU, with their LSTMs
         self.measuring = True
         self.captured = False  # a graph in which steps end, so that there may be more of them than the host knows
         self._allocate()
@@ -59,24 +60,25 @@ class Tables:
         self._left += self._take_on_cpu()
         for of_rows, _, ring in self._rings:
             self._left.append((of_rows, merge_slots(ring.table).cpu()))
-        self._tables, self._rings = [], []
+        self._on_cpu, self._timed_on_cpu, self._rings = [], [], []
         self._room: list[torch.Tensor] = []  # for the rows of coming steps, on a CPU
+        for site in self._timed:
+            if site.time_stats is None or site.time_stats.device != site.device:
+                site.time_stats = new_time_stats(TIME_STEPS, site.device)
         for device in dict.fromkeys(site.device for site in self.sites):
             sites = [site for site in self.sites if site.device == device]
             rows = [self.first[site] + offset for site in sites for offset in range(len(site.ports))]
             table = new_stats(len(rows), device)
-            self._tables.append((rows, table))
+            lstms = [site for site in sites if site in self._timed]
+            if has_ring(table):
+                self._rings.append((rows, lstms, Ring(self.num_steps, table, [site.time_stats for site in lstms])))
+            elif table.is_cpu:
+                self._on_cpu.append((rows, table))
+                self._timed_on_cpu += lstms
             begin = 0
             for site in sites:
                 site.table = table[begin : begin + len(site.ports)]
                 begin += len(site.ports)
-        for site in self._timed:
-            if site.time_stats is None or site.time_stats.device != site.device:
-                site.time_stats = new_time_stats(TIME_STEPS, site.device)
-        for rows, table in self._tables:
-            if has_ring(table):
-                lstms = [site for site in self._timed if site.time_stats.device == table.device]
-                self._rings.append((rows, lstms, Ring(self.num_steps, table, [site.time_stats for site in lstms])))
         if self.measuring:
             self.resume()
 
@@ -114,11 +116,7 @@ class Tables:
         scalars: see ABSENT; None where there is none. None while a CUDA graph is captured: nothing runs, replays end steps.
         """
         rows, self._left = self._left + self._take_on_cpu(), []
-        times = {
-            site: take_steps(site.time_stats)
-            for site in self._timed
-            if site.time_stats.is_cpu and not has_ring(site.time_stats)
-        }
+        times = {site: take_steps(site.time_stats) for site in self._timed_on_cpu}
         if not self._rings:
             plain = all(value is None for value in scalars[1:])
             return TakenStep(rows, self._in_order(times), tuple(_kept(value) for value in scalars), plain)
@@ -151,11 +149,10 @@ class Tables:
 
     def _take_on_cpu(self) -> Taken:
         taken = []
-        for rows, table in self._tables:
-            if table.is_cpu and not has_ring(table):
-                own = self._room.pop() if self._room else self._make_room(len(rows))
-                take_rows(table, own)
-                taken.append((rows, own))
+        for rows, table in self._on_cpu:
+            own = self._room.pop() if self._room else self._make_room(len(rows))
+            take_rows(table, own)
+            taken.append((rows, own))
         return taken
 
     def _make_room(self, num_rows: int) -> torch.Tensor:
