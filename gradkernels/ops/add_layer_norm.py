@@ -17,6 +17,7 @@ from gradkernels.ops.layer_norm import (
     layer_norm_fwd_fake,
     layer_norm_fwd_reference,
     of_parameters,
+    upcast,
 )
 from gradkernels.telemetry import check_stats, with_stats
 
@@ -69,8 +70,8 @@ def add_layer_norm_bwd_reference(
     h = new_residual
     if dy is None:
         dy = torch.zeros_like(h, dtype=x_dtype)
-    h_upcast = h if h.dtype is torch.float64 else h.float()  # so that the sum is rounded once
-    dh, dweight, dbias = layer_norm_bwd_reference(dy, h_upcast, mean, rstd, weight, bias, num_dims, output_mask[1:])
+    # h upcast, so that the sum is rounded once
+    dh, dweight, dbias = layer_norm_bwd_reference(dy, upcast(h), mean, rstd, weight, bias, num_dims, output_mask[1:])
     dweight, dbias = of_parameters((dweight, dbias), (weight, bias), output_mask[2:])
     if dnew_residual is not None:
         dh = dh + dnew_residual
