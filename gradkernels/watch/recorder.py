@@ -95,7 +95,7 @@ class Recorder:
         self._keep([])
 
     def _catch_up(self) -> None:
-        """Adds the steps that replays of a captured graph have ended, which nobody told the host of: then it waits for the device."""
+        """Adds the steps that replays of a captured graph, where there is one, have ended unseen: waits for the device then."""
         if not self.tables.captured:
             return
         count, takens = self.tables.replayed()
