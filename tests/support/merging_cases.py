@@ -16,6 +16,7 @@ from gradkernels.telemetry.fields import FIELDS, NONFINITE, NUM_NORMS, NUMEL
 
 STEPS, BATCH, T, D = 4, 32, 5, 12
 OF_ACTIVATIONS = ("dy", "dx", "dskip", "dbranch", "dnew_residual")
+OFF = torch.amp.GradScaler("cpu", enabled=False)  # what it is asked to do is done as without a scaler
 COUNTS = ("numel", "nonfinite_count", "zero_count")
 
 
@@ -50,7 +51,7 @@ def loss_of(model, x):
     return model(x).square().mean()
 
 
-def train(watch, model, optimizer, parts, scaler=None, no_sync=nullcontext):
+def train(watch, model, optimizer, parts, scaler=OFF, no_sync=nullcontext):
     """Steps over lists of micro-batches, each loss divided by how many there are."""
     for micro_batches in parts:
         losses = []
@@ -58,12 +59,9 @@ def train(watch, model, optimizer, parts, scaler=None, no_sync=nullcontext):
             with no_sync() if index < len(micro_batches) - 1 else nullcontext():
                 loss = loss_of(model, x) / len(micro_batches)
                 losses.append(loss.detach())
-                (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+                scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         watch.step(sum(losses))
 
@@ -107,8 +105,8 @@ def same(merged, expected, rtol=1e-5, counts=COUNTS):
 def data_parallel(accumulate=1, scaler=None, **options):
     rank, size, model = dist.get_rank(), dist.get_world_size(), build()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**scaler) if scaler else None
-    watch = gk.watch(model, optimizer, scaler, log_every=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**scaler) if scaler else OFF
+    watch = gk.watch(model, optimizer, scaler if scaler.is_enabled() else None, log_every=2)
     parallel = DistributedDataParallel(model, **options)
     parts = [list(share(x, rank, size).chunk(accumulate)) for x in batches()]
     train(watch, parallel, optimizer, parts, scaler, parallel.no_sync)

@@ -24,22 +24,18 @@ def train(order="update first", scale=2.0**12, steps=5, inputs=None, accumulate=
     torch.manual_seed(0)
     model = Blocks()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scaler = None if scale is None else GradScaler("cpu", init_scale=scale, growth_interval=1)
-    watch = gk.watch(model, optimizer, scaler, **options)
+    scaler = GradScaler("cpu", init_scale=scale or 1.0, growth_interval=1, enabled=scale is not None)
+    watch = gk.watch(model, optimizer, scaler if scaler.is_enabled() else None, **options)
     for step in range(steps):
         for x in (X if inputs is None else inputs[step]).chunk(accumulate):
             loss = model(x).square().mean() / accumulate
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
         optimizer.zero_grad()
         first = order == "step first" or (order == "in turns" and step % 2)
         if first:
             watch.step(loss)
-        if scaler is not None:
-            scaler.update()
+        scaler.update()
         if not first:
             watch.step(loss)
     return watch

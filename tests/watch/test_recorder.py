@@ -33,17 +33,14 @@ def run(steps, *, model=WithTime, accumulate=1, scale=None, loss=True, **options
     torch.manual_seed(0)
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-    watch = gk.watch(net, optimizer, scaler, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    watch = gk.watch(net, optimizer, scaler if scaler.is_enabled() else None, **options)
     for _ in range(steps):
         for _ in range(accumulate):
             value = total(net(X)) / accumulate
-            (value if scaler is None else scaler.scale(value)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+            scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
         watch.step(value if loss else None)
     return watch
 
