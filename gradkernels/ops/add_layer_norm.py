@@ -12,7 +12,7 @@ from gradkernels.autocast import autocast_norm
 from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel, or_empty
 from gradkernels.ops.layer_norm import (
     check_norm_arguments,
-    fake_gradient,
+    empty_gradient,
     layer_norm_bwd_reference,
     layer_norm_fwd_fake,
     layer_norm_fwd_reference,
@@ -120,7 +120,7 @@ def add_layer_norm_bwd_fake(
     h = new_residual
     separate, shared = how_dh_is_returned(output_mask, x_dtype, h.dtype)
     dx, dresidual = h.new_empty(h.shape, dtype=x_dtype) if separate else None, h.new_empty(h.shape)
-    of_columns = (fake_gradient(p, want) for p, want in zip((weight, bias), output_mask[2:], strict=True))
+    of_columns = map(empty_gradient, (weight, bias), output_mask[2:])
     return or_empty(h, *((dresidual, None) if shared else (dx, dresidual)), *of_columns)
 
 

@@ -97,12 +97,11 @@ def layer_norm_bwd_fake(
     stats: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contiguous dx, dweight, dbias."""
-    wanted = zip((weight, bias), output_mask[1:], strict=True)
-    return or_empty(x, x.new_empty(x.shape), *(fake_gradient(parameter, want) for parameter, want in wanted))
+    return or_empty(x, x.new_empty(x.shape), *map(empty_gradient, (weight, bias), output_mask[1:]))
 
 
-def fake_gradient(of: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
-    """The contiguous gradient of an argument that is there and wants one."""
+def empty_gradient(of: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+    """Room for the contiguous gradient of an argument that is there and wants one."""
     return of.new_empty(of.shape) if wanted and of is not None else None
 
 

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from gradkernels.autocast import CELLS_IN_REGION, autocast_off, autocast_region
 from gradkernels.library import ArgumentError, define_autograd, define_composite, define_kernel, or_empty
-from gradkernels.ops.layer_norm import fake_gradient, of_parameters, upcast
+from gradkernels.ops.layer_norm import empty_gradient, of_parameters, upcast
 from gradkernels.ops.lstm_layer import check_lstm_weights, step_backward, step_forward
 from gradkernels.telemetry import check_stats, with_stats
 
@@ -103,7 +103,7 @@ def lstm_cell_bwd_fake(
 ) -> tuple[torch.Tensor, ...]:
     """Contiguous gradients, of no elements where not wanted."""
     inputs, wanted = (x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), (output_mask[0], True, True, *output_mask[3:])
-    return or_empty(x, *(fake_gradient(of, want) for of, want in zip(inputs, wanted, strict=True)))
+    return or_empty(x, *(empty_gradient(of, want) for of, want in zip(inputs, wanted, strict=True)))
 
 
 def _ports(args: list, gradients: tuple) -> tuple:

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from gradkernels.autocast import autocast_off
 from gradkernels.library import FLOATS, ArgumentError, define_autograd, define_composite, define_kernel, or_empty
 from gradkernels.ops._steps import check_steps, rows_of, rows_per_step
-from gradkernels.ops.layer_norm import fake_gradient, of_parameters, upcast
+from gradkernels.ops.layer_norm import empty_gradient, of_parameters, upcast
 from gradkernels.telemetry import check_stats, check_time_stats, measure_steps_reference, without_graph
 
 PORTS = ("dy", "dx", "dweight_ih", "dweight_hh", "dbias", "dweight_hr")
@@ -228,7 +228,7 @@ def lstm_layer_bwd_fake(
         (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr),
         (output_mask[0], True, True, *output_mask[3:]),
     )
-    return or_empty(x, *(fake_gradient(of, want) for of, want in zip(inputs, wanted, strict=True)))
+    return or_empty(x, *(empty_gradient(of, want) for of, want in zip(inputs, wanted, strict=True)))
 
 
 def _bwd_default(*args: Any) -> tuple[torch.Tensor, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradkernels.ops.layer_norm import empty_gradient
 from gradkernels.triton import launch as launching
 from gradkernels.triton.launch import launch, num_slots, resident
 from gradkernels.triton.norm import (
@@ -147,9 +148,7 @@ def norm_bwd(
     Two launches; one without the last two.
     """
     dh, dx = h.new_empty(h.shape), h.new_empty(h.shape, dtype=x_dtype) if separate_dx else None
-    dweight, dbias = (
-        p.new_empty(p.shape) if want and p is not None else None for p, want in zip((weight, bias), of_columns, strict=True)
-    )
+    dweight, dbias = map(empty_gradient, (weight, bias), of_columns)
     N = math.prod(h.shape[h.dim() - num_dims :])
     shape = shape_of(N, mean.dtype, backward=True, residual=dnew_residual is not None)
     programs, partials = num_programs(mean.numel(), shape, h.device, stats), None
