@@ -29,6 +29,7 @@ using OptionalTensor = std::optional<Tensor>;
 template <size_t N>
 using OutputMask = std::array<bool, N>;
 inline Tensor no_gradient(const Tensor& like) { return at::empty({0}, like.options()); }
+inline Tensor or_empty(const OptionalTensor& gradient, const Tensor& like) { return gradient ? *gradient : no_gradient(like); }
 
 // What a tensor of T is computed and summed in: float, and double for double.
 template <typename T>

@@ -135,10 +135,9 @@ Gradients lstm_cell_bwd(const OptionalTensor& dh_next, const OptionalTensor& dc_
   const bool of_bias = bias_ih && (of_bias_ih || of_bias_hh);
   const OptionalTensor dbias = of_bias ? OptionalTensor(dg.sum(0).to(dtype)) : std::nullopt;
   measure_ports(stats, {dh_next, dc_next, dx, dh, dc, dweight_ih, dweight_hh, dbias});
-  const auto or_empty = [&](const OptionalTensor& d) { return d ? *d : no_gradient(x); };
   const auto [dbias_ih, dbias_hh] = of_both_biases(dbias, of_bias_ih, of_bias_hh);
-  return {or_empty(dx),         or_empty(dh),       or_empty(dc),      or_empty(dweight_ih),
-          or_empty(dweight_hh), or_empty(dbias_ih), or_empty(dbias_hh)};
+  return {or_empty(dx, x),         or_empty(dh, x),       or_empty(dc, x),      or_empty(dweight_ih, x),
+          or_empty(dweight_hh, x), or_empty(dbias_ih, x), or_empty(dbias_hh, x)};
 }
 
 }  // namespace gk

@@ -233,10 +233,9 @@ Gradients lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, c
     if (weight_hr && of_weight_hr) dweight_hr = at::mm(result.dh_total.t(), result.m).to(dtype);
   });
   measure_ports(stats, {dy, dx, dweight_ih, dweight_hh, dbias, dweight_hr});
-  const auto or_empty = [&](const OptionalTensor& d) { return d ? *d : no_gradient(x); };
   const auto [dbias_ih, dbias_hh] = of_both_biases(dbias, of_bias_ih, of_bias_hh);
-  return {or_empty(dx),         or_empty(dh0),      or_empty(dc0),      or_empty(dweight_ih),
-          or_empty(dweight_hh), or_empty(dbias_ih), or_empty(dbias_hh), or_empty(dweight_hr)};
+  return {or_empty(dx, x),         or_empty(dh0, x),      or_empty(dc0, x),      or_empty(dweight_ih, x),
+          or_empty(dweight_hh, x), or_empty(dbias_ih, x), or_empty(dbias_hh, x), or_empty(dweight_hr, x)};
 }
 
 }  // namespace gk
